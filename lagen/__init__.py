@@ -1,0 +1,1 @@
+"""lagen: a compiler for linear attention."""

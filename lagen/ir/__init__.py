@@ -1,0 +1,1 @@
+"""The languages of the compiler: values with a printed form and a verify(), no text and no memory."""

@@ -1,0 +1,152 @@
+"""Recurrence: the canonical step form. Linear states with decays and writes, joined by token-wise expressions that read them.
+
+    forward state    S_t = exp(g_t) * S_{t-1} + sum_m row_m,t (x) col_m,t                 t = 1 .. T, S_0 given or zero
+    reverse state    R_t = exp(g_{t+1}) * R_{t+1} + sum_m e_m * row_m,t+1 (x) col_m,t+1    t = T-1 .. 0, R_T given or zero
+                     e_m = exp(g_{t+1}) for a write that is ``decayed``, 1 for one that is not
+
+    readout(r; S, a, at)   contracts the dim ``a`` of a state with the token's vector r:
+        at = now       r_t @ S_t                       (inclusive; forward states only)
+        at = decayed   r_t @ (exp(g_t) * S_{t-1})       (everything but the token's own write)
+        at = previous  r_t @ S_{t-1}                    (exclusive read: the undecayed past)
+        at = later     r_t @ R_t                        (reverse states: what tokens after t wrote)
+        at = all       r_t @ S_T                        (not causal: the sum over all tokens)
+    A vector state contracts its one dim and leaves a number; a state of no dims is multiplied.
+
+    suffix(x, y; states)_t = sum_{s >= t} x_s - sum_{t <= s < T} y_s + closing: the gradient of a log-decay. The closing is the
+        gradient of the final states times what decayed into them, <dS_T, exp(g_T) * S_{T-1}>, summed to the dims of x.
+
+The set is closed under differentiation: the adjoint of a readout reads the same state by another side, or a reverse state whose
+writes are (r, cotangent). So one lowering (passes/chunk) and one loop (the C++ backend) serve forward and backward alike, and the
+token's own term never enters a decay's gradient (MATH.md section 5).
+
+What it is not: no chunks, no tiles. Who makes it: passes/canonicalise (Recurrence), passes/differentiate (Adjoint).
+Who reads it: passes/chunk and the backends that run token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lagen.ir.expr import Expr, reads, show, walk
+from lagen.ir.variant import Tensor
+
+READS = ("now", "decayed", "previous", "later", "all")
+
+
+@dataclass(frozen=True)
+class Write:
+    """One rank-one write: ``row`` on the state's first dim, ``col`` on its second; ONE where the state lacks that dim."""
+
+    row: Expr
+    col: Expr
+    decayed: bool = True  # of a reverse state: whether the write meets its own token's decay on the way back
+
+
+@dataclass(frozen=True)
+class State:
+    """A linear state [B, head, *dims] in float32. ``decay`` holds log-decays <= 0, at most one per subset of the dims."""
+
+    name: str
+    head: str
+    dims: tuple[str, ...]
+    decay: tuple[Expr, ...]
+    writes: tuple[Write, ...]
+    reverse: bool = False
+    causal: bool = True
+    init: float = 0.0
+
+    def decay_on(self, *dims: str) -> Expr | None:
+        """Returns the log-decay whose dims are exactly ``dims``, or None."""
+        return next((g for g in self.decay if set(g.dims) == set(dims)), None)
+
+    def __str__(self) -> str:
+        step = "t+1" if self.reverse else "t-1"
+        factor = " * ".join(f"exp({g})" for g in self.decay)
+        terms = [f"{factor} * {self.name}[{step}]" if factor else f"{self.name}[{step}]"]
+        for w in self.writes:
+            parts = [str(x) for x in (w.row, w.col) if x.op != "const"]
+            terms.append(f"outer({', '.join(parts)})" if len(parts) == 2 else (parts or ["1"])[0])
+        return f"{self.name}[t] = " + " + ".join(terms)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A variant in canonical form: states in stage order, outputs over inputs, params and readouts.
+
+    ``proofs`` says of every log-decay how it was shown to be <= 0 (text for explain).
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    params: tuple[Tensor, ...]
+    states: tuple[State, ...]
+    outputs: tuple[tuple[str, Expr], ...]
+    output_dims: tuple[tuple[str, ...], ...]  # storage order
+    names: tuple[tuple[str, Expr], ...]
+    sizes: tuple[tuple[str, Expr], ...]
+    proofs: tuple[str, ...]
+    chunk_sizes: tuple[int, ...]
+    chunk_default: int
+
+    def state(self, name: str) -> State:
+        """Returns the state called ``name``; raises KeyError."""
+        return {s.name: s for s in self.states}[name]
+
+    def verify(self) -> None:
+        """Raises AssertionError with the value that breaks the canonical form."""
+        seen: set[str] = set()
+        for s in self.states:
+            for g in s.decay:
+                assert set(g.dims) <= set(s.dims) and len(g.dims) < max(2, len(s.dims)), f"{s.name}: decay {g} on {g.dims}"
+            for w in s.writes:
+                for side, dim in ((w.row, s.dims[:1]), (w.col, s.dims[1:])):
+                    assert side.dims == tuple(dim), f"{s.name}: write {side} on {side.dims}, wanted {dim}"
+            body = [*s.decay, *(x for w in s.writes for x in (w.row, w.col))]
+            for r in (n for e in body for n in reads(e, "readout")):
+                assert r.name in seen, f"{s.name} reads {r.name} before it is done"
+            seen.add(s.name)
+        for _, e in self.outputs:
+            for n in walk(e):
+                assert n.op not in ("past", "now", "outer"), f"not canonical: {n}"
+                assert n.op != "readout" or n.attr("at") in READS, n
+
+    def __str__(self) -> str:
+        names = {e: n for n, e in self.names}
+        lines = [f"recurrence {self.name}"] + [f"  {s}" for s in self.states]
+        return "\n".join(lines + [f"  {n} = {show(e, names)}" for n, e in self.outputs])
+
+
+def readout(state: State, vector: Expr, dim: str, at: str) -> Expr:
+    """Makes the readout of ``state`` by ``vector`` over ``dim`` ("" where the state has no dims)."""
+    assert at in READS, at
+    rest = tuple(d for d in state.dims if d != dim)
+    return Expr(
+        "readout",
+        (vector,),
+        name=state.name,
+        dims=tuple(sorted(rest)),
+        head="HV" if "HV" in (state.head, vector.head) else (state.head or vector.head),
+        token=True,
+        attrs=(("dim", dim), ("at", at)),
+    )
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The backward of a Recurrence: reverse states, and one expression per gradient.
+
+    ``gradients`` names inputs and params; an input's expression is per token, a param's is per token too and is summed over batch
+    and time by whoever stores it. A gradient on a narrower head than its expression is summed over the heads that share it.
+    Cotangents of outputs are input leaves named d<output>. The gradient of an initial state is its reverse state's R_0, and the
+    reverse state starts from the final state's gradient.
+    """
+
+    recurrence: Recurrence
+    cotangents: tuple[Tensor, ...]
+    states: tuple[State, ...]  # reverse states, named d<state>
+    gradients: tuple[tuple[str, Expr], ...]
+
+    def __str__(self) -> str:
+        names = {e: n for n, e in self.recurrence.names}
+        lines = [f"adjoint {self.recurrence.name}"] + [f"  {s}" for s in self.states]
+        return "\n".join(lines + [f"  d{n} = {show(e, names)}" for n, e in self.gradients])
