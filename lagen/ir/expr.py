@@ -256,6 +256,21 @@ def resize(op: str, x: Expr, dim: str) -> Expr:
     return Expr(op, (x,), dims=(dim,), head=x.head, token=x.token, attrs=(("dim", dim),))
 
 
+def expand(x: Expr, dims: tuple[str, ...]) -> Expr:
+    """Repeats ``x`` over the dims it lacks; no text comes of it but where it is stored."""
+    return x if x.dims == dims else Expr("expand", (x,), dims=dims, head=x.head, token=x.token)
+
+
+def part(x: Expr, index: int, dims: tuple[str, ...], like: tuple[Expr, Expr]) -> Expr:
+    """Takes operand ``index`` of concat(*like) back out of its result ``x``; it has ``dims``."""
+    return Expr("part", (x, *like), dims=dims, head=x.head, token=x.token, attrs=(("index", str(index)),))
+
+
+def unsize(op: str, d: Expr, x: Expr) -> Expr:
+    """Makes the adjoint of taylor2 or quad at ``x`` for the cotangent ``d``."""
+    return Expr(f"un{op}", (d, x), dims=x.dims, head=_head((d, x)), token=_token((d, x)), attrs=(("dim", d.dims[0]),))
+
+
 # ---- walking --------------------------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,10 @@
         at = decayed   r_t @ (exp(g_t) * S_{t-1})       (everything but the token's own write)
         at = previous  r_t @ S_{t-1}                    (exclusive read: the undecayed past)
         at = later     r_t @ R_t                        (reverse states: what tokens after t wrote)
+        at = since     r_t @ (R_t + sum_m row_m,t (x) col_m,t)   (reverse, inclusive; undecayed states only)
         at = all       r_t @ S_T                        (not causal: the sum over all tokens)
-    A vector state contracts its one dim and leaves a number; a state of no dims is multiplied.
+    A vector state contracts its one dim and leaves a number; with dim "" nothing is contracted and r (a number) multiplies the state.
+    R_{t} for at = later is what tokens s > t wrote, in the coordinates of the end of token t.
 
     suffix(x, y; states)_t = sum_{s >= t} x_s - sum_{t <= s < T} y_s + closing: the gradient of a log-decay. The closing is the
         gradient of the final states times what decayed into them, <dS_T, exp(g_T) * S_{T-1}>, summed to the dims of x.
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from lagen.ir.expr import Expr, reads, show, walk
 from lagen.ir.variant import Tensor
 
-READS = ("now", "decayed", "previous", "later", "all")
+READS = ("now", "decayed", "previous", "later", "since", "all")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The passes of the compiler: one verb each, from one frozen value to the next."""

@@ -1,0 +1,238 @@
+"""Differentiates a Recurrence: reverse mode on its expressions, and on its states by transposition.
+
+A linear recurrence is closed under transposition: the adjoint of a readout by r is the same state read by the cotangent on the other
+side; the adjoint of what was written is a reverse state, written by (r, cotangent) and read by the write's other side. So this
+pass runs before chunking (DESIGN.md has it after): one lowering then serves forward and backward, the coordinate gradients hold
+strict pairs by construction (MATH.md section 5), and a backend that runs token by token needs no chunks.
+
+Element-wise adjoints come from ir/scalar.py; those of the vector ops stand in the table RULES below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lagen.ir import expr as E
+from lagen.ir.expr import Expr
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
+from lagen.ir.scalar import FUNCTIONS
+from lagen.ir.variant import Tensor
+
+_CONSTANT = ("const", "size", "scale")
+
+
+def differentiate(recurrence: Recurrence) -> Adjoint:
+    """Derives the backward of ``recurrence``: reverse states and a gradient for every input and param."""
+    cotangents = tuple(
+        Tensor(f"d{name}", e.head, dims, True) for (name, e), dims in zip(recurrence.outputs, recurrence.output_dims, strict=True)
+    )
+    tape = _Tape(recurrence)
+    for (_, e), d in zip(recurrence.outputs, cotangents, strict=True):
+        tape.add(e, E.leaf("input", d.name, d.dims, d.head, token=True))
+    for node in reversed(tape.order([e for _, e in recurrence.outputs])):
+        tape.visit(node)
+    gradients = []
+    for t in recurrence.inputs + recurrence.params:
+        leaf = E.leaf("input" if t.token else "param", t.name, t.dims, t.head, t.token)
+        gradients.append((t.name, E.expand(tape.cotangent.get(leaf, E.ZERO), leaf.dims)))
+    return Adjoint(recurrence, cotangents, tuple(tape.reverse), tuple(gradients))
+
+
+def pair(a: Expr, b: Expr) -> Expr:
+    """Multiplies and sums over the dims that both have: the inner product of two vectors, or the product of two numbers."""
+    return E.contract(a, b) if a.dims and a.dims == b.dims else E.mul(a, b)
+
+
+def _total(d: Expr, x: Expr) -> Expr:
+    """Sums a cotangent over the dims that its operand ``x`` lacks (the adjoint of broadcasting)."""
+    missing = [dim for dim in d.dims if dim not in x.dims]
+    if not missing:
+        return d
+    assert len(missing) == 1 and len(d.dims) == 1, f"broadcast of {x.dims} to {d.dims}"
+    if d.op == "mul" and all(a.dims == d.dims for a in d.args):
+        return E.contract(*d.args)
+    if d.op == "mul":  # a number times a vector: sum the vector
+        number, vector = sorted(d.args, key=lambda a: len(a.dims))
+        return E.mul(number, _total(vector, x))
+    if d.op == "neg":
+        return E.neg(_total(d.args[0], x))
+    if d.op == "div" and not d.args[1].dims:
+        return E.div(_total(d.args[0], x), d.args[1])
+    return E.reduce("sum", d)
+
+
+Rule = Callable[[Expr, Expr], tuple[Expr | None, ...]]
+
+
+def _norm(mean: bool) -> Rule:
+    """Makes the adjoint of x * rsqrt(sum or mean of x**2 + eps): s * (d - y * (y @ d)), or with the mean of y * d."""
+
+    def rule(d: Expr, y: Expr) -> tuple[Expr | None, ...]:
+        x, n = y.args[0], E.size(y.dims[0]) if mean else E.ONE
+        s = E.call("rsqrt", E.add(E.div(E.contract(x, x), n), E.const(y.value)))
+        return (E.mul(s, E.sub(d, E.mul(E.div(E.contract(y, d), n), y))),)
+
+    return rule
+
+
+def _rowmax(d: Expr, y: Expr) -> tuple[Expr | None, ...]:
+    hit = E.call("where", E.call("eq", y.args[0], y), E.ONE, E.ZERO)
+    return (E.mul(E.div(d, E.reduce("sum", hit)), hit),)
+
+
+def _contraction(d: Expr, y: Expr) -> tuple[Expr | None, ...]:
+    a, b = y.args
+    return tuple(E.outer(d, other) if len(x.dims) == 2 else pair(d, other) for x, other in ((a, b), (b, a)))
+
+
+RULES: dict[str, Rule] = {
+    "pow": lambda d, y: (E.mul(d, E.const(y.value), E.power(y.args[0], y.value - 1)),),
+    "contract": _contraction,
+    "sum": lambda d, y: (E.expand(d, y.args[0].dims),),
+    "mean": lambda d, y: (E.expand(E.div(d, E.size(y.attr("dim"))), y.args[0].dims),),
+    "rowmax": _rowmax,
+    "softmax": lambda d, y: (E.mul(y, E.sub(d, E.contract(d, y))),),
+    "l2norm": _norm(mean=False),
+    "rmsnorm": _norm(mean=True),
+    "concat": lambda d, y: tuple(E.part(d, i, a.dims, (y.args[0], y.args[1])) for i, a in enumerate(y.args)),
+    "taylor2": lambda d, y: (E.unsize("taylor2", d, y.args[0]),),
+    "quad": lambda d, y: (E.unsize("quad", d, y.args[0]),),
+    "rename": lambda d, y: (E.resize("rename", d, y.args[0].dims[0]),),
+    "expand": lambda d, y: (d,),
+}
+"""The adjoint of each vector op, given the cotangent ``d`` of its result ``y``: one cotangent per operand."""
+
+
+@dataclass
+class _Gate:
+    """What a log-decay's gradient is made of so far: strict terms of reads and writes, and the states it decays."""
+
+    reads: Expr = E.ZERO
+    writes: Expr = E.ZERO
+    states: list[str] = field(default_factory=list)
+
+
+class _Tape:
+    """The cotangents gathered while the graph is visited from outputs to leaves."""
+
+    def __init__(self, recurrence: Recurrence) -> None:
+        self.states = {s.name: s for s in recurrence.states}
+        self.bodies = {
+            s.name: Expr("state", tuple(dict.fromkeys([*(x for w in s.writes for x in (w.row, w.col)), *s.decay])), name=s.name)
+            for s in recurrence.states
+        }
+        self.cotangent: dict[Expr, Expr] = {}
+        self.readouts: dict[str, list[tuple[Expr, Expr]]] = {s: [] for s in self.states}
+        self.gates: dict[Expr, _Gate] = {}
+        self.reverse: list[State] = []
+
+    def order(self, roots: list[Expr]) -> list[Expr]:
+        """Lists all nodes, operands (and the bodies of states that are read) before users."""
+        seen: set[Expr] = set()
+        stack = [(r, False) for r in roots] + [(b, False) for b in self.bodies.values()]
+        out = []
+        while stack:
+            node, done = stack.pop()
+            if done:
+                out.append(node)
+            elif node not in seen:
+                seen.add(node)
+                below = node.args + ((self.bodies[node.name],) if node.op == "readout" else ())
+                stack.append((node, True))
+                stack.extend((a, False) for a in below)
+        return out
+
+    def add(self, node: Expr, d: Expr | None) -> None:
+        """Adds ``d`` to the cotangent of ``node``; constants take none."""
+        if d is None or d == E.ZERO or node.op in _CONSTANT:
+            return
+        d = _total(d, node)
+        self.cotangent[node] = E.add(self.cotangent[node], d) if node in self.cotangent else d
+
+    def visit(self, node: Expr) -> None:
+        """Hands the cotangent of ``node`` to its operands."""
+        if node.op == "state":
+            self.transpose(self.states[node.name])
+            return
+        if node in self.gates:
+            self.add(node, self.suffix(node))
+        d = self.cotangent.get(node)
+        if d is None or not node.args:
+            return
+        d = E.expand(d, node.dims)
+        if node.op == "readout":
+            self.readouts[node.name].append((node, d))
+            self.read(node, d)
+            return
+        given = FUNCTIONS[node.op].adjoint(E, d, node, *node.args) if node.op in FUNCTIONS else RULES[node.op](d, node)
+        for a, da in zip(node.args, given, strict=True):
+            self.add(a, da)
+
+    def suffix(self, g: Expr) -> Expr:
+        """Makes the gradient of a log-decay from its reads and writes."""
+        gate = self.gates.pop(g)
+        head = "HV" if any(self.states[s].head == "HV" for s in gate.states) else self.states[gate.states[0]].head
+        attrs = (("states", " ".join(gate.states)),)
+        return Expr("suffix", (gate.reads, gate.writes), dims=g.dims, head=head, token=True, attrs=attrs)
+
+    def read(self, node: Expr, d: Expr) -> None:
+        """Gives a readout's vector its cotangent; with a decay, the token's own term stands apart."""
+        state, vector = self.states[node.name], node.args[0]
+        at = "decayed" if node.attr("at") == "now" and state.decay else node.attr("at")
+        self.add(vector, readout(state, d, _other(state, node), at))
+        if at != node.attr("at"):
+            for w in state.writes:
+                near, far = (w.row, w.col) if _on_row(state, node) else (w.col, w.row)
+                self.add(vector, E.mul(pair(d, far), near))
+
+    def transpose(self, state: State) -> None:
+        """Makes the reverse state and gives writes and decays their cotangents."""
+        reads = self.readouts[state.name]
+        writes = tuple(
+            Write(*((n.args[0], d) if _on_row(state, n) else (d, n.args[0])), decayed=n.attr("at") != "previous") for n, d in reads
+        )
+        back = State(f"d{state.name}", state.head, state.dims, state.decay, writes, reverse=state.causal, causal=state.causal)
+        self.reverse.append(back)
+        inclusive = all(n.attr("at") == "now" for n, _ in reads) and not state.decay
+        at = "all" if not state.causal else "since" if inclusive else "later"
+        a, b = (*state.dims, "", "")[:2]
+        strict = {}
+        for w in state.writes:
+            for side, other, dim in ((w.row, w.col, b), (w.col, w.row, a)):
+                strict[side] = readout(back, other, dim, at)
+                self.add(side, strict[side])
+            for (n, _), back_write in zip(reads, writes, strict=True):
+                if n.attr("at") == "now" and not inclusive:
+                    self.add(w.row, E.mul(pair(back_write.col, w.col), back_write.row))
+                    self.add(w.col, E.mul(pair(back_write.row, w.row), back_write.col))
+        for g in state.decay:
+            gate = self.gates.setdefault(g, _Gate())
+            gate.states.append(state.name)
+            for n, d in reads:
+                at = "decayed" if n.attr("at") == "now" else n.attr("at")
+                vector, dim = n.args[0], n.attr("dim")
+                if set(g.dims) <= set(vector.dims):
+                    gate.reads = E.add(gate.reads, _on(vector, readout(state, d, _other(state, n), at), g.dims))
+                else:
+                    gate.reads = E.add(gate.reads, _on(d, readout(state, vector, dim, at), g.dims))
+            for w in state.writes:
+                mine = w.row if set(g.dims) <= set(w.row.dims) else w.col
+                gate.writes = E.add(gate.writes, _on(mine, strict[mine], g.dims))
+
+
+def _other(state: State, node: Expr) -> str:
+    """Returns the dim of ``state`` that a readout leaves ("" where it leaves none)."""
+    rest = [d for d in state.dims if d != node.attr("dim")]
+    assert len(rest) <= 1, f"{node} leaves {rest}"
+    return rest[0] if rest else ""
+
+
+def _on_row(state: State, node: Expr) -> bool:
+    """Tells whether a readout's vector stands on the state's first side (a number does only where the state has no dims)."""
+    return node.args[0].dims == state.dims[:1]
+
+
+def _on(x: Expr, dx: Expr, dims: tuple[str, ...]) -> Expr:
+    """Multiplies a vector with its gradient and keeps ``dims``."""
+    return E.mul(x, dx) if x.dims == dims else pair(x, dx)
