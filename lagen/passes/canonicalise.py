@@ -1,0 +1,241 @@
+"""Canonicalise: from the lines a person wrote to the canonical recurrence (ir/recurrence.py).
+
+Every state line is expanded as a linear form in its own past; its decay is the past's coefficient, its writes are the rest. Every
+output is lowered to a token-wise expression over readouts. A legal line of a later family raises NotYet, an illegal one Refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lagen.ir import expr as E
+from lagen.ir.expr import ONE, Expr, ExprTypeError
+from lagen.ir.recurrence import Recurrence, State, Write
+from lagen.ir.variant import OutputLine, StateLine, Variant
+from lagen.passes.linear_form import Flat, Lines, Term, flat, product, split_scalar
+
+
+def canonicalise(variant: Variant) -> Recurrence:
+    """This function returns the canonical recurrence of ``variant``; raises Refused and NotYet (passes/refusal)."""
+    done: dict[str, State] = {}
+    decays: dict[str, Flat] = {}
+    proofs: list[str] = []
+    for line in variant.states:
+        lines = _lines(variant, line, done, decays)
+        state, decays[line.name], proved = _state(lines, line)
+        done[line.name] = state
+        proofs.extend(proved)
+    outputs = tuple((o.name, _output(_lines(variant, o, done, decays), o)) for o in variant.outputs)
+    recurrence = Recurrence(
+        name=variant.name,
+        inputs=variant.inputs,
+        params=variant.params,
+        states=tuple(done.values()),
+        outputs=outputs,
+        output_dims=tuple(o.dims for o in variant.outputs),
+        names=tuple((n, e) for n, e in variant.names if not E.reads(e, "past", "now")),
+        sizes=variant.sizes,
+        proofs=tuple(proofs),
+        chunk_sizes=variant.chunk_sizes,
+        chunk_default=variant.chunk_default,
+    )
+    recurrence.verify()
+    return recurrence
+
+
+def _lines(variant: Variant, line: StateLine | OutputLine, done: dict[str, State], decays: dict[str, Flat]) -> Lines:
+    lines = Lines(variant, line.name if isinstance(line, StateLine) else "", line.span)
+    lines.done.update(done)
+    lines.decays.update(decays)
+    return lines
+
+
+# ---- states ---------------------------------------------------------------------------------------------------------------------
+
+
+def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]:
+    if line.peak:
+        lines.not_yet("peak", f"'{line.name}' is a peak line (a running maximum)", line.expr)
+    terms = lines.expand(line.expr)
+    past: list[Term] = []
+    writes: list[Term] = []
+    for t in terms:
+        _refuse_reads(lines, line, t)
+        if t.state is None:
+            writes.append(t)
+        elif t.state.name != line.name:
+            lines.refuse(
+                "matrix-read", f"'{t}' puts the state {t.state} into {line.name} as a whole; read it by @ with a vector", term=t.state
+            )
+        else:
+            past.append(t)
+    decay, factor, proofs = _decay(lines, line, past)
+    state = State(
+        line.name,
+        line.head,
+        line.dims,
+        decay,
+        _merged(tuple(_write(lines, line, t) for t in writes)),
+        causal=lines.variant.causal,
+        init=line.init,
+    )
+    return state, factor, proofs
+
+
+def _refuse_reads(lines: Lines, line: StateLine, t: Term) -> None:
+    """Refuses what a term of a state line reads besides its own past."""
+    for x in (*t.factors, *t.over):
+        for r in E.reads(x, "readout"):
+            if r.name == line.name and r.attr("at") in ("previous", "decayed"):
+                lines.not_yet("correction", f"'{t}' reads {line.name}'s own past inside a write (a delta rule)", t)
+            lines.not_yet("stages", f"'{t}' reads the state {r.name} in the line of the state {line.name}", t)
+
+
+def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr, ...], Flat, tuple[str, ...]]:
+    """Reads the log-decays off the coefficient of the past: one per subset of the state's dims, each shown to be <= 0."""
+    if not past:
+        if lines.variant.causal:
+            lines.refuse("no-past", f"state {line.name} forgets its past whole", f"write {line.name}[t-1] into its line, or causal: false")
+        return (), ((), ()), ()
+    up, down = _coefficient(lines, line, past)
+    groups: dict[tuple[str, ...], Flat] = {}
+    for dims in sorted({f.dims for f in up + down}, key=lambda d: (len(d), [line.dims.index(x) for x in d])):
+        groups[dims] = tuple(f for f in up if f.dims == dims), tuple(f for f in down if f.dims == dims)
+    decay: list[Expr] = []
+    proofs: list[str] = []
+    for dims, (over, under) in groups.items():
+        factor = product(over, under)
+        if len(dims) > 1:
+            lines.not_yet(
+                "dense-decay", f"the decay '{factor}' is on both dims of {line.name} and is not a product of one factor a dim", factor
+            )
+        log, proof = _log_decay(lines, line, factor)
+        if log != E.ZERO:
+            decay.append(E.call("logdecay", log))
+            proofs.append(proof)
+    return tuple(decay), (up, down), tuple(proofs)
+
+
+def _coefficient(lines: Lines, line: StateLine, past: list[Term]) -> Flat:
+    """Returns the coefficient of the past as factors over divisors, flattened."""
+    flats = []
+    for t in past:
+        ups, downs = [flat(f) for f in t.factors], [flat(f) for f in t.over]
+        flats.append(
+            (
+                [f for u, _ in ups for f in u] + [f for _, d in downs for f in d],
+                [f for _, d in ups for f in d] + [f for u, _ in downs for f in u],
+            )
+        )
+    if len(flats) == 1:
+        return tuple(flats[0][0]), tuple(flats[0][1])
+    common = [_shared([u for u, _ in flats]), _shared([d for _, d in flats])]
+    rests = [(tuple(_without(u, common[0])), tuple(_without(d, common[1]))) for u, d in flats]
+    try:
+        total = _summed([product(u, d) for u, d in rests])
+    except ExprTypeError:
+        terms = " + ".join(str(t) for t in past)
+        lines.not_yet(
+            "dense-decay", f"the decay in '{terms}' is on both dims of {line.name} and is not a product of one factor a dim", past[-1]
+        )
+    up, down = flat(total)
+    return (*common[0], *up), (*common[1], *down)
+
+
+def _summed(values: list[Expr]) -> Expr:
+    """Adds coefficients, choosing between the two branches of one where instead of adding them."""
+    total = values[0]
+    for v in values[1:]:
+        if v.op == "neg":
+            total = E.sub(total, v.args[0])
+        else:
+            total = E.add(total, v)
+    return total
+
+
+def _shared(lists: list[list[Expr]]) -> tuple[Expr, ...]:
+    shared: list[Expr] = []
+    for f in lists[0]:
+        if f not in shared and all(f in other for other in lists[1:]):
+            shared.append(f)
+    return tuple(shared)
+
+
+def _without(items: Iterable[Expr], gone: tuple[Expr, ...]) -> list[Expr]:
+    rest = list(items)
+    for g in gone:
+        rest.remove(g)
+    return rest
+
+
+def _log_decay(lines: Lines, line: StateLine, factor: Expr) -> tuple[Expr, str]:
+    """Returns the log of a decay factor and the text of its proof; raises Refused where it may grow the state."""
+    log = _log(factor)
+    return log, f"{line.name}: log-decay {log}: assumed <= 0"
+
+
+def _log(x: Expr) -> Expr:
+    if x.op == "exp":
+        return x.args[0]
+    if x.op == "const":
+        import math
+
+        return E.const(math.log(x.value))
+    if x.op == "sigmoid":
+        return E.call("logsigmoid", x.args[0])
+    if x.op == "mul":
+        return E.add(_log(x.args[0]), _log(x.args[1]))
+    if x.op == "div":
+        return E.sub(_log(x.args[0]), _log(x.args[1]))
+    return E.call("log", x)
+
+
+def _write(lines: Lines, line: StateLine, t: Term) -> Write:
+    """Splits a term into a row on the state's first dim and a column on its second; scalars go to the column."""
+    if len(line.dims) < 2:
+        value = product(t.factors, t.over)
+        if value.dims != line.dims:
+            lines.refuse("term-dims", f"the term '{t}' has dims {set(value.dims) or '{}'}, the state {line.name} has {line.dims}", term=t)
+        return Write(value, ONE)
+    first, second = line.dims
+    dense = [f for f in (*t.factors, *t.over) if len(f.dims) > 1]
+    (rows, rows_over), (cols, cols_over) = t.on(first), t.on(second)
+    if dense or not rows or not cols:
+        what = f"'{dense[0]}' is not an outer product" if dense else f"it lacks the dim {second if rows else first}"
+        lines.refuse(
+            "not-an-outer", f"'{t}' is written to {line.name}, but {what}", f"write outer(a, b) with a on {first} and b on {second}", t
+        )
+    s, row = split_scalar(product(rows, rows_over))
+    r, col = split_scalar(product(cols, cols_over))
+    free = product(tuple(f for f in t.factors if not f.dims), tuple(f for f in t.over if not f.dims))
+    scalar = E.mul(free, s, r)
+    if scalar.head == "HV" and row.head == "HV" and col.head != "HV":
+        return Write(E.mul(scalar, row), col)
+    return Write(row, E.mul(scalar, col))
+
+
+def _merged(writes: tuple[Write, ...]) -> tuple[Write, ...]:
+    """Adds the columns of writes with the same row, then the rows of writes with the same column."""
+    by_row: dict[Expr, Expr] = {}
+    for w in writes:
+        by_row[w.row] = _summed([by_row[w.row], w.col]) if w.row in by_row and w.col.dims else w.col
+    if any(not w.col.dims for w in writes):  # vector and scalar states: every column is ONE, so the rows add up
+        return (Write(_summed([w.row for w in writes]), ONE),)
+    by_col: dict[Expr, Expr] = {}
+    for row, col in by_row.items():
+        by_col[col] = _summed([by_col[col], row]) if col in by_col else row
+    return tuple(Write(row, col) for col, row in by_col.items())
+
+
+# ---- outputs --------------------------------------------------------------------------------------------------------------------
+
+
+def _output(lines: Lines, line: OutputLine) -> Expr:
+    if len(line.expr.dims) > 1:
+        lines.refuse("matrix-output", f"output {line.name} has both dims of a matrix; an output is a vector or a number", term=line.expr)
+    value = lines.value(line.expr)
+    if lines.variant.causal:
+        for r in E.reads(value, "readout"):
+            if E.reads(r.args[0], "readout"):
+                lines.not_yet("stages", f"'{r}' reads {r.name} by a vector that another state's readout makes", line.expr)
+    return value

@@ -1,0 +1,280 @@
+"""Linear forms: an expression over states as a sum of products, so that decays, writes and reads can be told apart.
+
+What it is: ``Term`` is a product of token-wise factors times at most one state leaf; ``Lines`` expands an expression into terms and
+closes every contraction of a state into a readout (ir/recurrence.py). What it is not: token-wise sub-expressions are not expanded,
+because nothing is gained by it and the user's names would be lost. Who makes it: passes/canonicalise. Nobody keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lagen.ir import expr as E
+from lagen.ir.expr import ONE, Expr
+from lagen.ir.recurrence import State, readout
+from lagen.ir.variant import Span, Variant
+from lagen.passes.refusal import NotYet, Refused
+
+Flat = tuple[tuple[Expr, ...], tuple[Expr, ...]]
+"""Factors and divisors of a product."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product: ``factors`` over ``over``, all token-wise and of any dims, times ``state`` (a past or now leaf) if there is one."""
+
+    factors: tuple[Expr, ...] = ()
+    over: tuple[Expr, ...] = ()
+    state: Expr | None = None
+
+    def on(self, dim: str) -> Flat:
+        """Returns the factors and divisors that have ``dim``."""
+        return tuple(f for f in self.factors if dim in f.dims), tuple(f for f in self.over if dim in f.dims)
+
+    def off(self, dim: str) -> Flat:
+        """Returns the factors and divisors that lack ``dim``."""
+        return tuple(f for f in self.factors if dim not in f.dims), tuple(f for f in self.over if dim not in f.dims)
+
+    def times(self, *factors: Expr) -> Term:
+        """Returns this term with more factors."""
+        return Term(self.factors + tuple(f for f in factors if f != ONE), self.over, self.state)
+
+    def __str__(self) -> str:
+        parts = [
+            f"({f})" if f.op in ("add", "sub", "neg") else str(f) for f in (*self.factors, *(() if self.state is None else (self.state,)))
+        ]
+        return " * ".join(parts or ["1"]) + "".join(f" / ({d})" for d in self.over)
+
+
+def product(factors: tuple[Expr, ...], over: tuple[Expr, ...] = ()) -> Expr:
+    """Multiplies ``factors`` and divides by ``over``; the factors' dims must nest."""
+    wide_last = sorted(factors, key=lambda f: len(f.dims))
+    total = E.mul(*wide_last)
+    return E.div(total, E.mul(*sorted(over, key=lambda f: len(f.dims)))) if over else total
+
+
+def flat(x: Expr) -> Flat:
+    """Splits a product into factors and divisors, through mul, div, neg and outer, and no further."""
+    if x.op == "neg":
+        up, down = flat(x.args[0])
+        return (E.const(-1.0), *up), down
+    if x.op in ("mul", "outer"):
+        (up, down), (more, less) = flat(x.args[0]), flat(x.args[1])
+        return tuple(f for f in up + more if f != ONE), down + less
+    if x.op == "div":
+        (up, down), (less, more) = flat(x.args[0]), flat(x.args[1])
+        return tuple(f for f in up + more if f != ONE), tuple(f for f in down + less if f != ONE)
+    return (() if x == ONE else (x,)), ()
+
+
+def split_scalar(x: Expr) -> tuple[Expr, Expr]:
+    """Splits a product into its scalar part and the rest; ``x`` itself is the rest where it has no scalar factor."""
+    if not x.dims:
+        return x, ONE
+    if x.op == "neg":
+        s, v = split_scalar(x.args[0])
+        return E.neg(s), v
+    if x.op in ("mul", "div"):
+        (s1, v1), (s2, v2) = split_scalar(x.args[0]), split_scalar(x.args[1])
+        if (s1, s2) == (ONE, ONE):
+            return ONE, x
+        return (E.mul(s1, s2), E.mul(v1, v2)) if x.op == "mul" else (E.div(s1, s2), E.div(v1, v2))
+    return ONE, x
+
+
+class Lines:
+    """Expands the lines of one variant. ``own`` is the state whose line is read ("" for an output); ``done`` the states before it."""
+
+    def __init__(self, variant: Variant, own: str, span: Span) -> None:
+        self.variant, self.own, self.span = variant, own, span
+        self.done: dict[str, State] = {}
+        self.decays: dict[str, Flat] = {}  # each state's decay as it was read off, to know the decayed past again
+        self._open: dict[Expr, frozenset[Expr]] = {}
+
+    # ---- errors ----
+
+    def refuse(self, code: str, message: str, help: str = "", term: object = "") -> NoReturn:
+        """Raises Refused at this line, underlining ``term`` where the line holds its text."""
+        raise Refused.at(self.variant, self.span, code, message, help, str(term))
+
+    def not_yet(self, family: str, message: str, term: object = "") -> NoReturn:
+        """Raises NotYet at this line: the spec is legal, its family is a later one."""
+        raise NotYet.at(self.variant, self.span, "not-yet", message, f"{family}: a later family of the compiler", str(term))
+
+    # ---- what stands open ----
+
+    def open_leaves(self, x: Expr) -> frozenset[Expr]:
+        """Returns the state leaves of ``x`` that no contraction has closed; states of no dims count in their own line only."""
+        if x not in self._open:
+            if x.op in ("past", "now"):
+                found = frozenset({x}) if x.dims or x.name == self.own else frozenset()
+            else:
+                found = frozenset().union(*(self.open_leaves(a) for a in x.args)) if x.args else frozenset()
+            if x.op in ("contract", "sum", "mean"):
+                found = frozenset(leaf for leaf in found if x.attr("dim") not in leaf.dims)
+            self._open[x] = found
+        return self._open[x]
+
+    # ---- linear forms ----
+
+    def expand(self, x: Expr) -> tuple[Term, ...]:
+        """Expands ``x`` into terms; raises Refused where it is not linear in an open state."""
+        if not self.open_leaves(x) and len(x.dims) < 2:
+            value = self.value(x)
+            return () if value == E.ZERO else (Term(() if value == ONE else (value,)),)
+        if x.op in ("past", "now"):
+            return (Term(state=x),)
+        if x.op == "add":
+            return self.expand(x.args[0]) + self.expand(x.args[1])
+        if x.op == "sub":
+            return self.expand(x.args[0]) + tuple(t.times(E.const(-1.0)) for t in self.expand(x.args[1]))
+        if x.op == "neg":
+            return tuple(t.times(E.const(-1.0)) for t in self.expand(x.args[0]))
+        if x.op in ("mul", "outer"):
+            return tuple(self._times(a, b, x) for a in self.expand(x.args[0]) for b in self.expand(x.args[1]))
+        if x.op == "div":
+            return self._divide(x)
+        if x.op == "pow" and not self.open_leaves(x):
+            terms = self.expand(x.args[0])
+            if len(terms) == 1:
+                return (Term(tuple(E.power(f, x.value) for f in terms[0].factors), tuple(E.power(f, x.value) for f in terms[0].over)),)
+        if x.op == "where":
+            return self._where(x)
+        if x.op in ("contract", "sum", "mean"):
+            return self._contract(x)
+        if self.open_leaves(x):
+            self._nonlinear(x)
+        return (Term((self.value(x),)),)
+
+    def _times(self, a: Term, b: Term, whole: Expr) -> Term:
+        if a.state is not None and b.state is not None:
+            self.refuse(
+                "nonlinear-state",
+                f"'{a}' times '{b}': a state may stand once in a product, because every state is linear in its own past",
+                term=whole,
+            )
+        return Term(a.factors + b.factors, a.over + b.over, a.state or b.state)
+
+    def _divide(self, x: Expr) -> tuple[Term, ...]:
+        divisor = x.args[1]
+        if len(divisor.dims) == 2:
+            terms = self.expand(divisor)
+            if len(terms) != 1 or terms[0].state is not None:
+                self.refuse("nonlinear-state", f"division by '{divisor}', which is not a product", term=divisor)
+            return tuple(Term(t.factors + terms[0].over, t.over + terms[0].factors, t.state) for t in self.expand(x.args[0]))
+        value = self.value(divisor)
+        return tuple(Term(t.factors, t.over + (value,), t.state) for t in self.expand(x.args[0]))
+
+    def _where(self, x: Expr) -> tuple[Term, ...]:
+        if self.open_leaves(x.args[0]):
+            self._nonlinear(x)
+        cond = self.value(x.args[0])
+        yes, no = E.call("where", cond, ONE, E.ZERO), E.call("where", cond, E.ZERO, ONE)
+        return tuple(t.times(yes) for t in self.expand(x.args[1])) + tuple(t.times(no) for t in self.expand(x.args[2]))
+
+    def _nonlinear(self, x: Expr) -> NoReturn:
+        leaf = sorted(self.open_leaves(x), key=str)[0]
+        if leaf.name == self.own:
+            self.refuse("nonlinear-state", f"'{x}' is not linear in {leaf}: every state is linear in its own past", term=x)
+        self.refuse("matrix-read", f"'{x}': a matrix state is read by @ with a vector, and element-wise factors around it only", term=x)
+
+    # ---- reads ----
+
+    def _contract(self, x: Expr) -> tuple[Term, ...]:
+        """Closes a contraction. What stays open (the own past of a scalar state) stays a factor."""
+        dim = x.attr("dim")
+        divide: tuple[Expr, ...] = (E.size(dim),) if x.op == "mean" else ()
+        left = x.args[0]
+        right = x.args[1] if x.op == "contract" else ONE
+        if self.open_leaves(left) and self.open_leaves(right):
+            narrow, left = sorted((left, right), key=lambda e: len(e.dims))
+            right = self.value(narrow)
+        elif self.open_leaves(right):
+            left, right = right, self.value(left)
+        else:
+            right = self.value(right)
+        if len(right.dims) > 1:
+            self.not_yet("vector-read", f"'{x}' reads a vector state freely (through a matrix)", x)
+        return tuple(self._close(t, right, dim, divide) for t in self.expand(left))
+
+    def _close(self, t: Term, right: Expr, dim: str, divide: tuple[Expr, ...]) -> Term:
+        inside, under = t.on(dim)
+        outside, below = t.off(dim)
+        wide = [f for f in (*inside, *under) if len(f.dims) > 1]
+        if wide:
+            self.refuse(
+                "nonlinear-state", f"'{wide[0]}' has both dims of a state and is not an outer product, so '@' cannot pass it", term=wide[0]
+            )
+        if t.state is None or dim not in t.state.dims:
+            return Term((*outside, self._dot(right, product(inside, under))), below + divide, t.state)
+        factors, over, at = self._at(t.state, inside + outside, under + below)
+        inside = tuple(f for f in factors if dim in f.dims)
+        under = tuple(f for f in over if dim in f.dims)
+        vector = product((*inside, *(() if right == ONE else (right,))), under)
+        s, vector = split_scalar(vector)
+        vector = E.expand(vector, (dim,))  # a plain sum is a read by a vector of ones
+        state = self.done.get(t.state.name) or self._shell(t.state)
+        read = readout(state, vector, dim, at)
+        rest = tuple(f for f in factors if dim not in f.dims)
+        return Term(tuple(f for f in (*rest, s, read) if f != ONE), tuple(f for f in over if dim not in f.dims) + divide)
+
+    @staticmethod
+    def _dot(a: Expr, b: Expr) -> Expr:
+        (s, a), (r, b) = split_scalar(a), split_scalar(b)
+        if not a.dims or not b.dims:
+            return E.mul(s, r, E.reduce("sum", a if a.dims else b))
+        return E.mul(s, r, E.contract(a, b))
+
+    def _at(self, leaf: Expr, factors: tuple[Expr, ...], over: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], tuple[Expr, ...], str]:
+        """Tells which past is read: the factors of a state's decay, when all are there, are taken out and the read is "decayed"."""
+        if leaf.op == "now":
+            return factors, over, "now" if self.variant.causal else "all"
+        up, down = self.decays.get(leaf.name, ((), ()))
+        if up or down:
+            parts = [flat(f) for f in factors], [flat(f) for f in over]
+            have = [f for p in parts[0] for f in p[0]] + [f for p in parts[1] for f in p[1]]
+            under = [f for p in parts[0] for f in p[1]] + [f for p in parts[1] for f in p[0]]
+            if _remove(have, up) and _remove(under, down):
+                return tuple(have), tuple(under), "decayed"
+        return factors, over, "previous"
+
+    def _shell(self, leaf: Expr) -> State:
+        """Makes the state of a leaf whose line is not done yet, enough to type a readout of it."""
+        line = self.variant.state(leaf.name)
+        return State(line.name, line.head, line.dims, (), ())
+
+    def value(self, x: Expr) -> Expr:
+        """Lowers ``x`` to a token-wise value over readouts; raises Refused where a matrix state is left open."""
+        if not E.reads(x, "past", "now"):
+            return x
+        if x.op in ("past", "now"):
+            return self._free(x)
+        if x.op in ("contract", "sum", "mean"):
+            terms = self._contract(x)
+            return E.add(*(self._joined(t) for t in terms))
+        return E.rebuild(x, tuple(self.value(a) for a in x.args))
+
+    def _joined(self, t: Term) -> Expr:
+        body = product(t.factors, t.over)
+        return body if t.state is None else E.mul(body, self._free(t.state))
+
+    def _free(self, leaf: Expr) -> Expr:
+        if len(leaf.dims) == 2:
+            self.refuse(
+                "matrix-read", f"{leaf} is a matrix state: it is read by @ with a vector, as in q @ {leaf}", f"q @ {leaf}", term=leaf
+            )
+        if leaf.dims and self.variant.causal:
+            self.not_yet("vector-read", f"{leaf}, a vector state read freely (not contracted with a vector), is a later family", leaf)
+        state = self.done.get(leaf.name) or self._shell(leaf)
+        at = ("now" if self.variant.causal else "all") if leaf.op == "now" else "previous"
+        return readout(state, ONE, "", at)
+
+
+def _remove(have: list[Expr], wanted: tuple[Expr, ...]) -> bool:
+    """Takes ``wanted`` out of ``have``; tells whether all were there."""
+    for f in wanted:
+        if f not in have:
+            return False
+        have.remove(f)
+    return True

@@ -1,0 +1,62 @@
+"""Refusals: why a typed spec has no canonical form, told at its place in the file, in the words of spec/mistakes."""
+
+from __future__ import annotations
+
+from lagen.ir.variant import Span, Variant
+from lagen.spec.mistakes import Mistake, SpecErrors
+
+
+class Refused(SpecErrors):
+    """A rule of the language that a spec breaks. ``code`` names the rule, ``span`` the place, ``help`` what to write instead."""
+
+    @property
+    def mistake(self) -> Mistake:
+        """Returns the one mistake."""
+        return self.mistakes[0]
+
+    @property
+    def code(self) -> str:
+        """Returns the mistake's code."""
+        return self.mistake.code
+
+    @property
+    def message(self) -> str:
+        """Returns what is wrong."""
+        return self.mistake.message
+
+    @property
+    def span(self) -> Span:
+        """Returns where it is wrong."""
+        return self.mistake.span
+
+    @property
+    def help(self) -> str:
+        """Returns what to write instead."""
+        return self.mistake.help
+
+    @classmethod
+    def at(cls, variant: Variant, span: Span, code: str, message: str, help: str = "", term: str = "") -> Refused:
+        """Makes the refusal at a line of ``variant``, narrowed to ``term`` where the line's text holds it."""
+        return cls((Mistake(code, narrowed(variant.source, span, term), message, help),), variant.source, variant.path)
+
+    def __reduce__(self) -> tuple[type[SpecErrors], tuple[tuple[Mistake, ...], str, str]]:
+        return type(self), (self.mistakes, self.source, self.path)
+
+
+class NotYet(Refused):
+    """A legal spec of a family that this version does not compile. ``family``: correction, dense-decay, peak, stages, vector-read."""
+
+    @property
+    def family(self) -> str:
+        """Returns the family's name, the first word of the help."""
+        return self.help.split(":")[0]
+
+
+def narrowed(source: str, span: Span, term: str) -> Span:
+    """Returns the place of ``term`` in the text from ``span`` on (three lines at most), else ``span``."""
+    lines = source.split("\n")
+    for number in range(span.line, min(span.line + 3, len(lines) + 1)):
+        start = lines[number - 1].find(term, span.col - 1 if number == span.line else 0) if term else -1
+        if start >= 0:
+            return Span(number, start + 1, len(term))
+    return span
