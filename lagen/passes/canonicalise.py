@@ -13,6 +13,7 @@ from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import Recurrence, State, Write
 from lagen.ir.variant import OutputLine, StateLine, Variant
 from lagen.passes.linear_form import Flat, Lines, Term, flat, product, split_scalar
+from lagen.passes.normal_form import Algebra, Polynomial
 
 
 def canonicalise(variant: Variant) -> Recurrence:
@@ -21,11 +22,10 @@ def canonicalise(variant: Variant) -> Recurrence:
     decays: dict[str, Flat] = {}
     proofs: list[str] = []
     for line in variant.states:
-        lines = _lines(variant, line, done, decays)
-        state, decays[line.name], proved = _state(lines, line)
+        state, decays[line.name], proved = _state(Lines(variant, done, decays, line), line)
         done[line.name] = state
         proofs.extend(proved)
-    outputs = tuple((o.name, _output(_lines(variant, o, done, decays), o)) for o in variant.outputs)
+    outputs = tuple((o.name, _output(Lines(variant, done, decays, o), o)) for o in variant.outputs)
     recurrence = Recurrence(
         name=variant.name,
         inputs=variant.inputs,
@@ -41,13 +41,6 @@ def canonicalise(variant: Variant) -> Recurrence:
     )
     recurrence.verify()
     return recurrence
-
-
-def _lines(variant: Variant, line: StateLine | OutputLine, done: dict[str, State], decays: dict[str, Flat]) -> Lines:
-    lines = Lines(variant, line.name if isinstance(line, StateLine) else "", line.span)
-    lines.done.update(done)
-    lines.decays.update(decays)
-    return lines
 
 
 # ---- states ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +68,7 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
         line.head,
         line.dims,
         decay,
-        _merged(tuple(_write(lines, line, t) for t in writes)),
+        _merged(lines.algebra, tuple(_write(lines, line, t) for t in writes)),
         causal=lines.variant.causal,
         init=line.init,
     )
@@ -143,13 +136,10 @@ def _coefficient(lines: Lines, line: StateLine, past: list[Term]) -> Flat:
 
 
 def _summed(values: list[Expr]) -> Expr:
-    """Adds coefficients, choosing between the two branches of one where instead of adding them."""
+    """Adds values; a negated one is subtracted."""
     total = values[0]
     for v in values[1:]:
-        if v.op == "neg":
-            total = E.sub(total, v.args[0])
-        else:
-            total = E.add(total, v)
+        total = E.sub(total, v.args[0]) if v.op == "neg" else E.add(total, v)
     return total
 
 
@@ -214,17 +204,19 @@ def _write(lines: Lines, line: StateLine, t: Term) -> Write:
     return Write(row, E.mul(scalar, col))
 
 
-def _merged(writes: tuple[Write, ...]) -> tuple[Write, ...]:
+def _merged(algebra: Algebra, writes: tuple[Write, ...]) -> tuple[Write, ...]:
     """Adds the columns of writes with the same row, then the rows of writes with the same column."""
-    by_row: dict[Expr, Expr] = {}
-    for w in writes:
-        by_row[w.row] = _summed([by_row[w.row], w.col]) if w.row in by_row and w.col.dims else w.col
     if any(not w.col.dims for w in writes):  # vector and scalar states: every column is ONE, so the rows add up
         return (Write(_summed([w.row for w in writes]), ONE),)
-    by_col: dict[Expr, Expr] = {}
-    for row, col in by_row.items():
-        by_col[col] = _summed([by_col[col], row]) if col in by_col else row
-    return tuple(Write(row, col) for col, row in by_col.items())
+    by_row: dict[Polynomial, Write] = {}
+    for w in writes:
+        key = algebra.of(w.row)
+        by_row[key] = Write(by_row[key].row, _summed([by_row[key].col, w.col])) if key in by_row else w
+    by_col: dict[Polynomial, Write] = {}
+    for w in by_row.values():
+        key = algebra.of(w.col)
+        by_col[key] = Write(_summed([by_col[key].row, w.row]), by_col[key].col) if key in by_col else w
+    return tuple(by_col.values())
 
 
 # ---- outputs --------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ because nothing is gained by it and the user's names would be lost. Who makes it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NoReturn
 
 from lagen.ir import expr as E
-from lagen.ir.expr import ONE, Expr
+from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import State, readout
-from lagen.ir.variant import Span, Variant
+from lagen.ir.variant import OutputLine, StateLine, Variant
+from lagen.passes.normal_form import UNIT, ZERO, Algebra, Polynomial, add
 from lagen.passes.refusal import NotYet, Refused
 
 Flat = tuple[tuple[Expr, ...], tuple[Expr, ...]]
@@ -84,12 +86,13 @@ def split_scalar(x: Expr) -> tuple[Expr, Expr]:
 
 
 class Lines:
-    """Expands the lines of one variant. ``own`` is the state whose line is read ("" for an output); ``done`` the states before it."""
+    """Expands one line. ``own`` is the state whose line it is ("" for an output), ``done`` the states before it."""
 
-    def __init__(self, variant: Variant, own: str, span: Span) -> None:
-        self.variant, self.own, self.span = variant, own, span
-        self.done: dict[str, State] = {}
-        self.decays: dict[str, Flat] = {}  # each state's decay as it was read off, to know the decayed past again
+    def __init__(self, variant: Variant, done: dict[str, State], decays: dict[str, Flat], line: StateLine | OutputLine) -> None:
+        self.variant, self.done, self.span = variant, done, line.span
+        self.own = line.name if isinstance(line, StateLine) else ""
+        self.decays = decays  # each state's decay as it was read off, to know the decayed past again
+        self.algebra = Algebra(done.values())
         self._open: dict[Expr, frozenset[Expr]] = {}
 
     # ---- errors ----
@@ -171,7 +174,22 @@ class Lines:
             self._nonlinear(x)
         cond = self.value(x.args[0])
         yes, no = E.call("where", cond, ONE, E.ZERO), E.call("where", cond, E.ZERO, ONE)
-        return tuple(t.times(yes) for t in self.expand(x.args[1])) + tuple(t.times(no) for t in self.expand(x.args[2]))
+        left, right = self.expand(x.args[1]), self.expand(x.args[2])
+        chosen = self._chosen(cond, left, right)
+        if chosen is not None:
+            left, right = (tuple(t for t in side if t.state is None) for side in (left, right))
+        return (*([] if chosen is None else [chosen]), *(t.times(yes) for t in left), *(t.times(no) for t in right))
+
+    @staticmethod
+    def _chosen(cond: Expr, left: tuple[Term, ...], right: tuple[Term, ...]) -> Term | None:
+        """Returns the past of both branches as one term, where each has one and their coefficients have a common type."""
+        a, b = ([t for t in side if t.state is not None] for side in (left, right))
+        if len(a) != 1 or len(b) != 1 or a[0].state != b[0].state:
+            return None
+        try:
+            return Term((E.call("where", cond, product(a[0].factors, a[0].over), product(b[0].factors, b[0].over)),), (), a[0].state)
+        except ExprTypeError:
+            return None
 
     def _nonlinear(self, x: Expr) -> NoReturn:
         leaf = sorted(self.open_leaves(x), key=str)[0]
@@ -196,7 +214,34 @@ class Lines:
             right = self.value(right)
         if len(right.dims) > 1:
             self.not_yet("vector-read", f"'{x}' reads a vector state freely (through a matrix)", x)
-        return tuple(self._close(t, right, dim, divide) for t in self.expand(left))
+        return tuple(self._close(t, right, dim, divide) for t in self._whole(self.expand(left)))
+
+    def _whole(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """Knows a state again that is spelled out: decay * S[t-1] + writes is S[t]."""
+        pasts = [t for t in terms if t.state is not None and t.state.op == "past"]
+        if len(pasts) != 1 or len(terms) < 2 or pasts[0].state is None:
+            return terms
+        past = pasts[0].state
+        state = self.done.get(past.name)
+        if state is None or any(t.state is not None for t in terms if t is not pasts[0]):
+            return terms
+        factors, over, at = self._at(past, pasts[0].factors, pasts[0].over)
+        if state.decay and at != "decayed":
+            return terms
+        rest = self._polynomial(*(t for t in terms if t is not pasts[0]))
+        wanted = self.algebra.mul(self._polynomial(Term(factors, over)), self.algebra.writes(state))
+        return (Term(factors, over, replace(past, op="now")),) if rest == wanted else terms
+
+    def _polynomial(self, *terms: Term) -> Polynomial:
+        total = ZERO
+        for t in terms:
+            p = UNIT
+            for f in t.factors:
+                p = self.algebra.mul(p, self.algebra.of(f))
+            for f in t.over:
+                p = self.algebra.mul(p, self.algebra.power(self.algebra.of(f), Fraction(-1)))
+            total = add(total, p)
+        return total
 
     def _close(self, t: Term, right: Expr, dim: str, divide: tuple[Expr, ...]) -> Term:
         inside, under = t.on(dim)
@@ -237,6 +282,8 @@ class Lines:
             under = [f for p in parts[0] for f in p[1]] + [f for p in parts[1] for f in p[0]]
             if _remove(have, up) and _remove(under, down):
                 return tuple(have), tuple(under), "decayed"
+            if self._polynomial(Term(factors, over)) == self._polynomial(Term(up, down)):
+                return (), (), "decayed"
         return factors, over, "previous"
 
     def _shell(self, leaf: Expr) -> State:
