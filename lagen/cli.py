@@ -1,0 +1,216 @@
+"""The command line. Heavy imports stand inside the commands, so that ``lagen --help`` answers at once.
+
+Exit codes: 0 done; 1 a check failed, or a kernel could not be launched; 2 a mistake in the call or in a spec.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import update_wrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import lagen
+from lagen import data
+
+if TYPE_CHECKING:
+    from lagen.ir.variant import Variant
+
+FAILED, MISTAKEN = 1, 2
+
+
+class Commands(click.Group):
+    """A group that tells users of their mistakes without a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Runs the chosen command; ends with 2 where a spec, a target or a file name is at fault."""
+        try:
+            return super().invoke(context)
+        except (OSError, *_mistakes()) as error:
+            # A message of the system (a file that is not there) says itself which file; the others are written for the user.
+            click.echo(str(error), err=True)
+            context.exit(MISTAKEN)
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """Returns the errors that are the user's, of those rooms that were imported: no other can have been raised."""
+    rooms = {"lagen.spec.mistakes": "SpecErrors", "lagen.targets.target": "UnknownTarget", "lagen.runtime.build": "BuildRefused"}
+    found = [getattr(sys.modules[room], name, None) for room, name in rooms.items() if room in sys.modules]
+    return tuple(error for error in found if isinstance(error, type))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(lagen.__version__, prog_name="lagen")
+def main() -> None:
+    """A compiler for linear attention: from a recurrence in a spec file to a PyTorch operator.
+
+    SPEC is the path of a YAML file, or the name of a shipped spec (`lagen list`).
+    """
+
+
+def _path(text: str) -> Path:
+    """Finds a spec by path or by shipped name; raises click.BadParameter."""
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise click.BadParameter(f"no file {text}")
+        return path
+    names = [p.stem for p in data.specs()]
+    if text not in names:
+        raise click.BadParameter(f"{text!r} is neither a file nor a shipped spec; there are {', '.join(names)}")
+    return data.spec(text)
+
+
+def _specs(many: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the argument SPEC to a command, which gets ``paths`` (or ``path``)."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(spec: tuple[str, ...] | str, **options: Any) -> None:
+            if isinstance(spec, str):
+                command(path=_path(spec), **options)
+            else:
+                command(paths=[_path(s) for s in spec] or list(data.specs()), **options)
+
+        argument = click.argument("spec", nargs=-1 if many else 1, metavar="[SPEC]..." if many else "SPEC")
+        return argument(update_wrapper(wrapped, command))
+
+    return decorate
+
+
+def _read(path: Path, strict: bool = False) -> Variant:
+    from lagen.spec.read import read
+
+    return read(path, strict=strict)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+def list_specs(as_json: bool) -> None:
+    """List the shipped specs."""
+    from lagen.explain import family
+    from lagen.passes.canonicalise import canonicalise
+
+    rows = []
+    for path in data.specs():
+        variant = _read(path)
+        rows.append({"name": variant.name, "family": family(canonicalise(variant)), "doc": variant.doc, "path": str(path)})
+    if as_json:
+        return _print_json(rows)
+    _table(("name", "family", "paper"), [(r["name"], r["family"], r["doc"]) for r in rows])
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
+    """Prints a table: to the width of a terminal, in full where the output is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def new(name: str, force: bool) -> None:
+    """Write NAME.yaml, a commented spec to start from."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise click.BadParameter(f"{name!r}: an operator's name is lower-case letters, digits and underscores", param_hint="NAME")
+    path = Path(f"{name}.yaml")
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} is there already; --force replaces it")
+    path.write_text((data.templates() / "spec.yaml").read_text().replace("NAME", name))
+    click.echo(f"wrote {path}; next: lagen check {path}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of a spec, for editors."""
+    from lagen.spec.schema import schema as make_schema
+
+    _print_json(make_schema())
+
+
+@main.command()
+@_specs()
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The package's folder.")
+@click.option("--force", is_flag=True, help="Build over a folder that lagen did not write.")
+@click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
+def build(paths: list[Path], out: Path, force: bool, strict: bool) -> None:
+    """Write an importable package with one operator a spec."""
+    from lagen.runtime.build import build as write_package
+
+    variants = [_read(path, strict) for path in paths]
+    for written in write_package(variants, out, force=force):
+        click.echo(f"wrote {written}")
+    click.echo(f"from {out.name} import {', '.join(v.name for v in variants)}")
+
+
+@main.command()
+@_specs()
+@click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+@click.pass_context
+def check(context: click.Context, paths: list[Path], strict: bool, as_json: bool) -> None:
+    """Test every law on each SPEC (all shipped ones by default) against the float64 oracle."""
+    from lagen.cli_check import check_all
+
+    context.exit(FAILED if check_all([_read(p, strict) for p in paths], as_json) else 0)
+
+
+@main.command()
+@_specs(many=False)
+@click.option("--stage", default="all", help="recurrence, adjoint, chunk, plan, source, or all.")
+@click.option("--target", default="cuda:90", show_default=True)
+@click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
+def explain(path: Path, stage: str, target: str, strict: bool) -> None:
+    """Show what the compiler makes of SPEC, stage by stage, and why."""
+    from lagen.explain import explain as describe
+
+    click.echo(describe(_read(path, strict)))
+
+
+@main.command("compile")
+@_specs()
+@click.option("--target", "targets", multiple=True, default=["cuda:90"], show_default=True, help="cuda:80, hip:gfx942, ...; may repeat.")
+@click.option("--K", "k", default=128, show_default=True, type=click.IntRange(1), help="Size of every dim but V.")
+@click.option("--V", "v", default=128, show_default=True, type=click.IntRange(1), help="Size of the dim V.")
+@click.option("--B", "b", default=4, show_default=True, type=click.IntRange(1), help="Batch.")
+@click.option("--T", "t", default=4096, show_default=True, type=click.IntRange(1), help="Tokens.")
+@click.option("--H", "h", default=16, show_default=True, type=click.IntRange(1), help="Heads.")
+@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Of inputs and params.")
+@click.option("--chunk", type=click.IntRange(1), help="Chunk size; the spec's default where not given.")
+@click.option("--timeout", default=180.0, show_default=True, help="Seconds for one kernel.")
+@click.option("--workers", type=click.IntRange(1), help="Kernels at a time; one a core where not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+@click.pass_context
+def compile_specs(context: click.Context, paths: list[Path], targets: tuple[str, ...], as_json: bool, **shape: Any) -> None:
+    """Compile every kernel of each SPEC for a device that need not be here; report registers, spills and shared memory."""
+    from lagen.cli_compile import compile_all
+    from lagen.targets.target import find
+
+    fits = compile_all([_read(p) for p in paths], [find(t) for t in targets], as_json, **shape)
+    context.exit(0 if fits else FAILED)
+
+
+@main.command()
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Training steps.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--prompt", default="The ", show_default=True)
+@click.pass_context
+def demo(context: click.Context, steps: int, seed: int, prompt: str) -> None:
+    """Train a small character model on the operator of gla, then generate with its decode step."""
+    from lagen.demo import run
+
+    context.exit(0 if run(steps, seed, prompt) else FAILED)
