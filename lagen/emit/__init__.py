@@ -1,1 +1,1 @@
-"""Makes source text from the compiler's values; the only place that does."""
+"""The only makers of text: closed printers from plans to source, and the templates they fill."""

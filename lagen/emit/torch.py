@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lagen.ir.expr import Expr, number, reads, show, walk
+from lagen.ir.plan import Buffer, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.variant import Tensor
@@ -44,8 +45,10 @@ def _forward(r: Recurrence) -> str:
     outs = [p.lowered(p.text(e), e.head, dims, "inputs[0]") for (_, e), dims in zip(r.outputs, r.output_dims, strict=True)]
     p.line(f"outputs = {_tuple(outs)}")
     if all(s.causal for s in r.states):
-        finals = _tuple([f'chunked.join({p.state_names[s.name]}.final, 1, "{s.head}")' for s in r.states])
-        p.line(f"return outputs, {finals} if output_final_state else None, ()")
+        finals = [f'chunked.lower({p.state_names[s.name]}.final, {p.shape("B", s.head, s.dims)}, 1, "{s.head}", like)' for s in r.states]
+        p.line("if not output_final_state:")
+        p.line("    return outputs, None, ()")
+        p.line(f"return outputs, {_tuple(finals, split=True)}, ()")
     else:
         p.line("return outputs, None, ()")
     doc = f'"""Computes {_list(n for n, _ in r.outputs)} and the final states in chunks."""'
@@ -97,6 +100,27 @@ def _step(r: Recurrence) -> str:
         p.line(f'states[{i}].copy_(chunked.lower({now}, {p.shape("B", s.head, s.dims)}, 1, "{s.head}", states[{i}]))')
     p.line("return outputs")
     return p.function("torch_step(inputs, params, scale, states)", '"""Computes one token\'s outputs and updates the states in place."""')
+
+
+def render_tokens(name: str, recurrence: Recurrence, loads: Sequence[Buffer], stores: Sequence[Store]) -> str:
+    """Prints ``name``(inputs, params, stored, scale), which computes token-wise values from inputs and stored values."""
+    p = _Printer(recurrence)
+    p.head(recurrence.inputs, recurrence.params)
+    for i, b in enumerate(loads):
+        t = Tensor(b.name, b.head, b.dims, b.token)
+        p.leaf(t, f"stored[{i}]")
+        p.done[b.leaf] = p.done[_leaf(t)]
+    p.plan([s.value for s in stores])
+    out = []
+    for s in stores:
+        like = "inputs[0]" if s.buffer.dtype == "input" else "torch.empty((), dtype=torch.float32, device=inputs[0].device)"
+        if s.summed:
+            t = Tensor(s.buffer.name, s.buffer.head, s.buffer.dims, False)
+            out.append(p.summed(p.text(s.value), t, "torch.empty((), dtype=dtype, device=inputs[0].device)"))
+        else:
+            out.append(p.lowered(p.text(s.value), s.buffer.head, s.buffer.dims, like))
+    p.line(f"return {_tuple(out, split=True)}")
+    return p.function(f"{name}(inputs, params, stored, scale)", f'"""Computes {_list(s.buffer.name for s in stores)} token by token."""')
 
 
 def _assumptions(r: Recurrence, assumptions: Sequence[Expr]) -> str:

@@ -1,0 +1,497 @@
+"""Prints one planned kernel as Triton source: signature, pointers, states, chunk body, in the skeleton that its kind has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lagen.emit.templates import environment
+from lagen.emit.statements import Statements, Tile
+from lagen.ir import expr as E
+from lagen.ir.chunk import Carry
+from lagen.ir.expr import Expr
+from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Store
+from lagen.ir.recurrence import Recurrence, State
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A kernel's source and what its launcher must know: arguments in order (each with the Python text that makes it)."""
+
+    kernel: Kernel
+    source: str
+    tensors: tuple[tuple[str, Buffer | None], ...]  # pointer arguments with strides: inputs, stored, outputs
+    states: tuple[tuple[str, State], ...]  # pointer arguments of states (name, layout)
+    prelude: tuple[str, ...]
+    scaled: bool
+    dims: tuple[str, ...]
+
+
+class SweepStatements(Statements):
+    """Statements of a sweep: those of a chunk, and what lives across chunks."""
+
+    def __init__(self, kernel: Kernel, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr]) -> None:
+        super().__init__(names, roots)
+        self.kernel = kernel
+        self.across: list[str] = []  # running suffix sums, moved on at the chunk's end
+
+    def make_suffix(self, n: Expr) -> Tile:
+        """Prints a suffix sum: reversed inside the chunk, carried across chunks, closed by the final states' gradient."""
+        reads, writes, closing = n.args
+        axes = ("C", *n.dims)
+        self.loads[closing.name] = closing
+        name = f"b_{closing.name}"
+        last = self.spread(Tile("(i_c * C + o_c == t_last)", ("C",)), axes)
+        y = self.guarded(writes)
+        # the last token's own write meets the final state without decay
+        text = f"tl.where({last}, 0.0, {self.spread(y, axes)})"
+        z = f"{self.spread(self.wide(reads), axes)} - {text}" if reads != E.ZERO else f"-{text}"
+        diff = self.let("b_dg", z, axes)
+        self.across.append(f"{name} += tl.sum({diff.text}, axis=0)")
+        carried = f"{name}[None, :]" if n.dims else name
+        return self.let("b_dgs", f"tl.cumsum({diff.text}, axis=0, reverse=True) + {carried}", axes)
+
+
+class StepStatements(Statements):
+    """Statements of a single token: states are tiles, readouts are sums."""
+
+    def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], states: dict[str, State]) -> None:
+        super().__init__(names, roots, rows=False)
+        self.states = states
+
+    def make_readout(self, n: Expr) -> Tile:
+        """Prints a readout of the state before, after, or just decayed."""
+        state, dim, at = self.states[n.name], n.attr("dim"), n.attr("at")
+        held = f"b_{state.name}" + {"previous": "", "decayed": "_d", "now": "_n"}[at]
+        axes = state.dims
+        vector = self.wide(n.args[0])
+        if not dim:
+            text = held if n.args[0] == E.ONE else f"{self.spread(vector, axes)} * {held}"
+            return self.let("b_r", text, axes)
+        rest = tuple(d for d in axes if d != dim)
+        clean = self.guarded(n.args[0])
+        return self.let("b_r", f"tl.sum({self.spread(clean, axes)} * {held}, axis={axes.index(dim)})", rest)
+
+
+def print_kernel(kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str) -> Printed:
+    """Prints ``kernel``; ``heads`` gives every tensor's head dim, ``top`` is the program's."""
+    return _Kernel(kernel, recurrence, states, heads, top).print()
+
+
+class _Kernel:
+    """The parts of one kernel while it is printed."""
+
+    def __init__(self, kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str) -> None:
+        self.kernel, self.recurrence, self.states, self.heads, self.top = kernel, recurrence, states, heads, top
+        roots = [s.value for s in kernel.stores] + [x for h in kernel.holds for t in h.carry.terms for x in (t.near, t.far)]
+        names = recurrence.names
+        if kernel.kind == "step":
+            self.out: Statements = StepStatements(names, roots, states)
+        elif kernel.kind == "sweep":
+            self.out = SweepStatements(kernel, names, roots)
+        else:
+            self.out = Statements(names, roots)
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self.pointers: list[tuple[str, State]] = []
+
+    def print(self) -> Printed:
+        """Prints the whole kernel."""
+        body = {"sweep": self.sweep, "step": self.step, "tokens": self.tokens}[self.kernel.kind]()
+        dims = self.dims()
+        before = self.offsets(dims) + self.out.head + self.bases() + self.before
+        signature = self.signature(dims)
+        prelude = sorted(self.out.prelude)
+        template = environment().get_template(f"triton/{self.kernel.kind}.py.j2")
+        text = "\n".join(before + body)
+        source = template.render(
+            kernel=self.kernel,
+            signature=signature,
+            doc=self.doc(),
+            decode="i_h " if "i_h" in text.replace("i_hv", "") else "",
+            before=before,
+            body=body,
+            after=self.after,
+        )
+        tensors = tuple((n, self.buffer(n)) for n in self.tensor_names())
+        return Printed(self.kernel, source, tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims)
+
+    # -- parts --------------------------------------------------------------------------------------------------------------------
+
+    def dims(self) -> tuple[str, ...]:
+        """Lists the dims that the kernel's tiles have."""
+        found = {d for e in self.out.tiles for d in e.dims} | {d for s in self.kernel.stores for d in s.buffer.dims}
+        found |= {d for h in self.kernel.holds for d in (h.carry.x, h.carry.y) if d}
+        found |= {d for _, s in self.pointers for d in s.dims}
+        return tuple(sorted(found - {"D"}))
+
+    def offsets(self, dims: tuple[str, ...]) -> list[str]:
+        """Prints offsets and masks."""
+        lines = ["o_c = tl.arange(0, C)"] if self.out.rows else []
+        for d in dims:
+            tile = f"i_y * B{d} + " if d == self.kernel.tile else ""
+            lines += [f"o_{d.lower()} = {tile}tl.arange(0, B{d})", f"m_{d.lower()} = o_{d.lower()} < {d}"]
+        return lines
+
+    def buffer(self, name: str) -> Buffer | None:
+        """Returns the buffer of a name that the kernel stores, else None."""
+        return next((s.buffer for s in self.kernel.stores if s.buffer.name == name), None)
+
+    def tensor_names(self) -> list[str]:
+        """Lists the tensors with strides: loads in order of use, then stores."""
+        return list(dict.fromkeys([*self.out.loads, *(s.buffer.name for s in self.kernel.stores)]))
+
+    def bases(self) -> list[str]:
+        """Prints the pointer of each tensor to this program's batch element and head (and tile, where tiles store their shares)."""
+        lines = []
+        partial = {s.buffer.name for s in self.kernel.stores if s.buffer.partial}
+        for name in self.tensor_names():
+            leaf = self.out.loads.get(name)
+            stored = self.buffer(name)
+            token = stored.token if stored else (leaf.token if leaf is not None else False)
+            head = self.index(stored.head if stored else self.heads[name])
+            is_closing = any(a.name == name for s in self.kernel.stores for n in E.reads(s.value, "suffix") for a in n.args[2:])
+            if is_closing or (stored and stored in [c.buffer for c in self.kernel.closings]):
+                continue
+            if stored and not token:
+                continue
+            share = name in partial or (leaf is not None and ("partial", self.kernel.tile) in leaf.attrs and self.kernel.tile)
+            if token:
+                batch = f" + i_b * {name}_sb" + (f" + {head} * {name}_sh" if head else "")
+                lines.append(f"p_{name} = {name}" + batch + (f" + i_y * {name}_sp" if share else ""))
+            else:
+                assert leaf is not None
+                size = " * ".join(leaf.dims)
+                lines.append(f"p_{name} = {name}" + (f" + {head} * {size}" if head and size else f" + {head}" if head else ""))
+        return lines
+
+    def index(self, head: str) -> str:
+        """Names the head index of a tensor on ``head``."""
+        return "" if not head else "i_hv" if head == self.top else "i_h"
+
+    def doc(self) -> list[str]:
+        """Prints the kernel's docstring: what it computes."""
+        lines = [f'"""{self.kernel.why[0].upper()}{self.kernel.why[1:]}.', ""]
+        names = {e: n for n, e in self.recurrence.names}
+        lines += [f"{s.buffer.name} = {E.show(s.value, names)}" for s in self.kernel.stores if self.kernel.kind != "sweep"]
+        lines += [f"{h.carry}" for h in self.kernel.holds]
+        out = []
+        for line in lines:
+            while len(line) > 130:
+                at = line.rfind(" ", 0, 130)
+                out.append(line[:at])
+                line = "    " + line[at + 1 :]
+            out.append(line)
+        return [*out, '"""'] if len(out) > 2 else [f'{out[0]}"""']
+
+    def signature(self, dims: tuple[str, ...]) -> list[str]:
+        """Prints the parameters, a line a tensor."""
+        lines = []
+        for name in self.tensor_names():
+            leaf, stored = self.out.loads.get(name), self.buffer(name)
+            token = stored.token if stored else (leaf.token if leaf is not None else False)
+            if not token:
+                lines.append(name)
+                continue
+            head = stored.head if stored else self.heads[name]
+            part = (stored.partial if stored else dict(leaf.attrs).get("partial", "")) if (stored or leaf is not None) else ""
+            strides = [f"{name}_sb", f"{name}_st", *([f"{name}_sh"] if head else []), *([f"{name}_sp"] if part else [])]
+            lines.append(", ".join([name, *strides]))
+        lines += [name for name, _ in self.pointers]
+        lines += [c.buffer.name for c in self.kernel.closings]
+        if self.out.scaled:
+            lines.append("scale")
+        if self.kernel.kind == "step":
+            lines.append("HV, G, NY")
+        elif self.kernel.kind == "tokens":
+            lines.append("T, HV, G, NC" + "".join(f", N{p}" for p in sorted(self.shares())))
+        else:
+            lines.append("T, HV, G, NY, NSEG, SEG, LEVELS")
+        if self.out.rows:
+            lines.append("C: tl.constexpr")
+        if dims:
+            lines += [", ".join(f"{d}: tl.constexpr" for d in dims), ", ".join(f"B{d}: tl.constexpr" for d in dims)]
+        lines.append("DT: tl.constexpr, PRECISION: tl.constexpr")
+        flags = self.flags()
+        if flags:
+            lines.append(", ".join(f"{f}: tl.constexpr" for f in flags))
+        return lines
+
+    def flags(self) -> list[str]:
+        """Lists the compile-time facts about optional operands."""
+        if self.kernel.kind != "sweep":
+            return []
+        flags = [f"HAS_{name.upper()}" for name, _ in self.pointers]
+        if self.kernel.closings or any(E.reads(s.value, "suffix") for s in self.kernel.stores):
+            flags.append("HAS_CLOSING")
+        return flags
+
+    def shares(self) -> set[str]:
+        """Lists the dims whose tiles' shares the kernel sums."""
+        return {p for leaf in self.out.loads.values() if (p := dict(leaf.attrs).get("partial", ""))}
+
+    # -- sweeps -------------------------------------------------------------------------------------------------------------------
+
+    def declare(self, carry: Carry) -> Tile:
+        """Names a carry's tile."""
+        tile = Tile(f"b_{carry.state}", tuple(d for d in (carry.x, carry.y) if d))
+        self.out.used.add(tile.text)
+        self.out.tiles[carry.value] = tile
+        return tile
+
+    def place(self, state: State, carry: Carry) -> str:
+        """Prints the offset of a carry's elements in the state's storage [*dims]."""
+        if len(state.dims) < 2:
+            return f"o_{state.dims[0].lower()}" if state.dims else ""
+        row, col = state.dims
+        rows, cols = (f"o_{row.lower()}", f"o_{col.lower()}")
+        if carry.x == row:
+            return f"({rows}[:, None] * {col} + {cols}[None, :])"
+        return f"({rows}[None, :] * {col} + {cols}[:, None])"
+
+    def point(self, name: str, state: State, at: str) -> str:
+        """Prints the pointer to one state of this program; ``at`` is the segment's index or "" for one state per sequence."""
+        head = self.index(state.head)
+        heads = {"i_hv": "HV", "i_h": "(HV // G)", "": "1"}[head]
+        index = f"i_b * {heads} + {head}" if head else "i_b"
+        if at:
+            index = f"({index}) * NSEG + {at}"
+        size = " * ".join(state.dims)
+        return f"{name} + ({index}) * {size}" if size else f"{name} + {index}"
+
+    def sweep(self) -> list[str]:
+        """Prints a sweep's body, and what stands before and after its loop."""
+        out = self.out
+        assert isinstance(out, SweepStatements)
+        for hold in self.kernel.holds:
+            self.start(hold)
+        if any(E.reads(s.value, "suffix") for s in self.kernel.stores) or self.kernel.closings:
+            out.head.append("t_last = tl.minimum((first + count) * C, T) - 1 if HAS_CLOSING else -1")
+        news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
+        for store in self.kernel.stores:
+            self.store(store)
+        for closing in self.kernel.closings:
+            self.close(closing)
+        for store in self.kernel.stores:
+            for n in E.reads(store.value, "suffix"):
+                self.open(n)
+        lines = [*out.lines, *out.across, *(f"b_{h.carry.state} = {new}" for h, new in news)]
+        for hold in self.kernel.holds:
+            self.finish(hold)
+        return lines
+
+    def start(self, hold: Hold) -> None:
+        """Prints how a carry begins: from a given state, else from zeros."""
+        carry, state = hold.carry, self.states[hold.carry.state]
+        tile = self.declare(carry)
+        shape = ", ".join(f"B{a}" for a in tile.axes)
+        zero = f"tl.zeros([{shape}], tl.float32)" if shape else "0.0"
+        if not hold.source:
+            self.before.append(f"{tile.text} = {zero}")
+            return
+        self.pointers.append((hold.source, state))
+        place, mask = self.place(state, carry), self.out.mask(tile.axes)
+        at = self.point(hold.source, state, "i_s")
+        load = f"tl.load({at} + {place}, mask={mask}, other=0.0)" if place else f"tl.load({at})"
+        if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
+            load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
+        self.before += [f"if HAS_{hold.source.upper()}:", f"    {tile.text} = {load}", "else:", f"    {tile.text} = {zero}"]
+
+    def update(self, carry: Carry) -> str:
+        """Prints a carry's next value, in place of the accumulator, and names it."""
+        out = self.out
+        held = out.tiles[carry.value]
+        if carry.terms and len(held.axes) == 2:  # keep the old value as an operand before it is overwritten
+            key = Expr("cast", (carry.value,), dims=carry.value.dims)
+            out.tiles[key] = out.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
+        text = " * ".join([held.text, *(out.spread(out.wide(f), held.axes) for f in carry.factors)])
+        name = text
+        for term in carry.terms:
+            if carry.x and carry.y:
+                left, right = out.operand(term.near), out.operand(term.far)
+                text = f"tl.dot(tl.trans({left}), {right}, {name}, input_precision=PRECISION)"
+            else:
+                side = term.near if carry.x else term.far
+                number = term.far if carry.x else E.ONE
+                value = out.guarded(E.mul(number, side) if side.dims else E.mul(side, number))
+                full = ("C", *held.axes)
+                spread = out.spread(value, full) if value.axes else f"tl.where(m_t, {value.text}, 0.0)"
+                text = f"{name} + tl.sum({spread}, axis=0)"
+            name = out.let(f"{held.text}_n", text, held.axes).text
+        return name
+
+    def store(self, store: Store) -> None:
+        """Prints a store; partial sums go to their tile's share."""
+        out, b = self.out, store.buffer
+        axes = (("C",) if out.rows and b.token else ()) + tuple(sorted(b.dims))
+        value = out.wide(store.value)
+        text = out.spread(value, axes)
+        if not value.axes and axes:
+            text = value.text
+        at = [f"p_{b.name}"]
+        if b.token and out.rows:
+            at += [f"t_0 * {b.name}_st", out.spread(Tile("o_c", ("C",)), axes) + f" * {b.name}_st"]
+        at += [out.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in b.dims]
+        mask = out.mask(axes)
+        where = " + ".join(at[:2] + ([f"({' + '.join(at[2:])})"] if len(at) > 3 else at[2:]))
+        out.lines.append(f"tl.store({where}, {text}" + (f", mask={mask})" if mask else ")"))
+
+    def open(self, n: Expr) -> None:
+        """Prints how a suffix sum begins: from the closing of the segment, else from zero."""
+        closing = n.args[2]
+        name = f"b_{closing.name}"
+        shape = f"tl.zeros([B{n.dims[0]}], tl.float32)" if n.dims else "0.0"
+        at, mask = self.closing_point(closing.name, n.dims, dict(closing.attrs).get("partial", ""))
+        lines = ["if HAS_CLOSING:", f"    {name} = tl.load({at}{mask})", "else:", f"    {name} = {shape}"]
+        if lines[1] not in self.before:
+            self.before += lines
+
+    def closing_point(self, name: str, dims: tuple[str, ...], partial: str) -> tuple[str, str]:
+        """Prints the pointer of a closing [B, HV, segments, tiles or dim] and its mask."""
+        index = "(i_b * HV + i_hv) * NSEG + i_s"
+        if dims:
+            d = dims[0]
+            return f"{name} + ({index}) * {d} + o_{d.lower()}", f", mask=m_{d.lower()}, other=0.0"
+        return (f"{name} + ({index}) * NY + i_y" if partial else f"{name} + {index}"), ""
+
+    def close(self, closing: Closing) -> None:
+        """Prints what the final states' gradient adds to a suffix sum: its inner product with all that decayed into the last token."""
+        out, b = self.out, closing.buffer
+        lines, out.lines = out.lines, []
+        kept = dict(out.tiles)
+        parts = []
+        for name in closing.states:
+            hold = next(h for h in self.kernel.holds if h.carry.state == name)
+            state, carry = self.states[name], hold.carry
+            held = out.tiles[carry.value]
+            text = " * ".join([held.text, *(out.spread(out.wide(f), held.axes) for f in carry.factors)])
+            for term in carry.terms:
+                if carry.x and carry.y:
+                    right = self.without_last(term.far)
+                    text = f"tl.dot(tl.trans({out.operand(term.near)}), {right}.to(DT), {text}, input_precision=PRECISION)"
+                else:
+                    side, number = (term.near, term.far) if carry.x else (term.far, E.ONE)
+                    text = f"{text} + tl.sum({self.without_last(E.mul(number, side) if side.dims else E.mul(side, number))}, axis=0)"
+            decayed = out.let(f"b_{name}_last", text, held.axes)
+            pointer = f"dfinal_{name}"
+            if pointer not in [p for p, _ in self.pointers]:
+                self.pointers.append((pointer, state))
+            place, mask = self.place(state, carry), out.mask(held.axes)
+            load = f"tl.load({self.point(pointer, state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
+            if state.head != self.top:
+                load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
+            text = f"{decayed.text} * {load}"
+            for axis in reversed(held.axes):
+                if axis not in b.dims:
+                    text = f"tl.sum({text}, axis={[a for a in held.axes if a in b.dims or a == axis].index(axis) if b.dims else held.axes.index(axis)})"
+            parts.append(out.let("b_close", text, b.dims).text)
+        at, mask = self.closing_point(b.name, b.dims, b.partial)
+        out.lines.append(f"tl.store({at}, {' + '.join(parts)}{mask.replace(', other=0.0', '')})")
+        inner, out.lines = out.lines, lines
+        out.tiles = kept
+        out.lines += ["if HAS_CLOSING:", "    if i == count - 1:", *(f"        {x}" for x in inner)]
+
+    def without_last(self, n: Expr) -> str:
+        """Prints ``n`` with the segment's last token masked away."""
+        out = self.out
+        tile = out.guarded(n)
+        axes = tile.axes if "C" in tile.axes else ("C", *tile.axes)
+        last = out.spread(Tile("(i_c * C + o_c < t_last)", ("C",)), axes)
+        return f"tl.where({last}, {out.spread(tile, axes) if tile.axes else tile.text}, 0.0)"
+
+    def finish(self, hold: Hold) -> None:
+        """Prints the store of a carry after the last chunk."""
+        if not hold.sink:
+            return
+        carry, state = hold.carry, self.states[hold.carry.state]
+        self.pointers.append((hold.sink, state))
+        axes = tuple(d for d in (carry.x, carry.y) if d)
+        place, mask = self.place(state, carry), self.out.mask(axes)
+        full = carry.reverse  # gradients of states are stored per program head, and summed over the heads that share one
+        head = self.top if full else state.head
+        at = self.point(hold.sink, State(state.name, head, state.dims, (), ()), "")
+        end = "0" if carry.reverse else "NSEG - 1"
+        text = f"tl.store({at}" + (f" + {place}, b_{carry.state}, mask={mask})" if place else f", b_{carry.state})")
+        conditions = [f"if i_s == {end}:"] + ([] if full or head == self.top else ["if i_hv % G == 0:"])
+        self.after.append(f"if HAS_{hold.sink.upper()}:")
+        for depth, line in enumerate([*conditions, text], 1):
+            self.after.append("    " * depth + line)
+
+    # -- the other skeletons ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[str]:
+        """Prints one token: old, decayed and new states, then the outputs."""
+        out = self.out
+        for state in self.states.values():
+            name = f"b_{state.name}"
+            out.used |= {name, f"{name}_d", f"{name}_n"}
+            self.pointers.append((f"state_{state.name}", state))
+            axes = state.dims
+            place = " + ".join(
+                out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
+                for i, d in enumerate(axes)
+            )
+            mask = out.mask(axes)
+            at = self.point(f"state_{state.name}", state, "")
+            at = f"{at} + {place}" if place else at
+            out.lines.append(f"{name} = tl.load({at}, mask={mask}, other=0.0)" if mask else f"{name} = tl.load({at})")
+            factors = [out.spread(Tile(f"tl.exp({out.wide(g).text})", out.axes(g)), axes) for g in state.decay]
+            out.lines.append(f"{name}_d = " + " * ".join([name, *factors]))
+            terms = [f"{name}_d"]
+            for w in state.writes:
+                sides = [out.spread(out.wide(x), axes) for x in (w.row, w.col) if x != E.ONE]
+                terms.append(" * ".join(sides or ["1.0"]))
+            out.lines.append(f"{name}_n = " + " + ".join(terms))
+        for store in self.kernel.stores:
+            self.store(store)
+        for state in self.states.values():
+            _, at, mask = self.step_place(state)
+            guard = state.head != self.top
+            line = f"tl.store({at}, b_{state.name}_n" + (f", mask={mask})" if mask else ")")
+            out.lines += ["if i_hv % G == 0:", f"    {line}"] if guard else [line]
+        return out.lines
+
+    def step_place(self, state: State) -> tuple[str, str, str]:
+        """Prints offset, pointer and mask of a state's tile in the step kernel."""
+        out, axes = self.out, state.dims
+        place = " + ".join(
+            out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
+            for i, d in enumerate(axes)
+        )
+        at = self.point(f"state_{state.name}", state, "")
+        return place, f"{at} + {place}" if place else at, out.mask(axes)
+
+    def tokens(self) -> list[str]:
+        """Prints token-wise work; shares of tiles are added up at the load."""
+        out = self.out
+        for store in self.kernel.stores:
+            for n in E.walk(store.value):
+                part = dict(n.attrs).get("partial", "") if n.op == "stored" else ""
+                if part and n not in out.tiles:
+                    single = Statements((), ())
+                    single.used = out.used
+                    tile = single.load(n)
+                    out.loads[n.name] = n
+                    shape = ", ".join({"C": "C"}.get(a, f"B{a}") for a in tile.axes)
+                    load = single.lines[0].split(" = ", 1)[1].split("  #")[0].replace(f"p_{n.name}", f"p_{n.name} + i * {n.name}_sp", 1)
+                    out.lines += [f"{tile.text} = tl.zeros([{shape}], tl.float32)", f"for i in range(N{part}):", f"    {tile.text} += {load}"]
+                    out.tiles[n] = Tile(tile.text, tile.axes)
+        for store in self.kernel.stores:
+            if store.summed:
+                self.add(store)
+            else:
+                self.store(store)
+        return out.lines
+
+    def add(self, store: Store) -> None:
+        """Prints the store of a sum over the program's tokens: [blocks, B, head, *dims]."""
+        out, b = self.out, store.buffer
+        axes = tuple(sorted(b.dims))
+        value = out.guarded(store.value)
+        full = ("C", *axes)
+        text = f"tl.sum({out.spread(value, full) if value.axes == full else f'tl.where({out.mask(full)}, {out.spread(value, full)}, 0.0)'}, axis=0)"
+        size = " * ".join(axes)
+        index = "(i_c * (tl.num_programs(0) // NC) + i_b * HV + i_hv)"
+        at = f"{b.name} + {index}" + (f" * {size} + o_{axes[0].lower()}" if axes else "")
+        mask = out.mask(axes)
+        out.lines.append(f"tl.store({at}, {text}" + (f", mask={mask})" if mask else ")"))

@@ -1,0 +1,399 @@
+"""Prints values of a kernel as Triton statements, in the order they are asked for (a load comes just before its first use).
+
+Tiles have named axes: C (the chunk's tokens), D (the same tokens as columns), and the dims of the spec. Broadcasting is computed from
+the axes, masks from what an expression makes of zeros. The printer is closed: an op it does not know raises and names itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lagen.ir import expr as E
+from lagen.ir.expr import Expr, walk
+from lagen.ir.scalar import FUNCTIONS
+
+_INLINE = 72
+"""Longest element-wise expression, in characters, that stands inside another."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A printed value: its text and the axes of the tile it denotes; ``raw`` as loaded, in the tensor's own dtype."""
+
+    text: str
+    axes: tuple[str, ...]
+    raw: bool = False
+
+
+def zero_preserving(n: Expr) -> bool:
+    """Tells whether a value is surely 0 on padding rows and lanes, given that loads are."""
+    if n.op in ("input", "stored"):
+        return n.token
+    if n.op == "const":
+        return n.value == 0.0
+    if n.op == "mul":
+        return any(zero_preserving(a) and a.dims == n.dims for a in n.args) and all(finite(a) for a in n.args)
+    if n.op in FUNCTIONS and FUNCTIONS[n.op].zero and n.op != "div":
+        return all(zero_preserving(a) and a.dims == n.dims for a in n.args)
+    return False
+
+
+def finite(n: Expr) -> bool:
+    """Tells whether a value stays finite where its operands are padding."""
+    return not any(x.op in ("div", "log", "rsqrt", "contract", "sum") or (x.op == "pow" and x.value < 0) for x in walk(n))
+
+
+class Statements:
+    """The statements of one kernel body so far, and the tile of every value already printed."""
+
+    def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], rows: bool = True) -> None:
+        self.lines: list[str] = []
+        self.tiles: dict[Expr, Tile] = {}
+        self.rows = rows  # whether tiles have a token axis (the step kernel has none)
+        self.used: set[str] = set()
+        self.known = {e: n for n, e in names if e.args}
+        self.uses = Counter(a for n in walk(*roots) for a in n.args)
+        self.loads: dict[str, Expr] = {}  # tensor name -> leaf, for the signature
+        self.head: list[str] = []  # lines that stand before the loop
+        self.masks: set[tuple[str, bool]] = set()
+        self.prelude: set[str] = set()
+        self.scaled = False
+        self._coordinates: dict[Expr, dict[str, Tile]] = {}
+
+    # -- text ---------------------------------------------------------------------------------------------------------------------
+
+    def let(self, stem: str, text: str, axes: tuple[str, ...], raw: bool = False) -> Tile:
+        """Assigns ``text`` to a fresh variable."""
+        name = self.fresh(stem)
+        shape = ", ".join({"C": "C", "D": "C"}.get(a, f"B{a}") for a in axes)
+        self.lines.append(f"{name} = {text}  # [{shape}]" if len(axes) == 2 else f"{name} = {text}")
+        return Tile(name, axes, raw)
+
+    def fresh(self, stem: str) -> str:
+        """Returns a variable name that is not taken."""
+        name, i = stem, 2
+        while name in self.used:
+            name, i = f"{stem}{i}", i + 1
+        self.used.add(name)
+        return name
+
+    def axes(self, n: Expr) -> tuple[str, ...]:
+        """Returns the axes of the tile of ``n``: tokens first, then columns, then dims."""
+        dims = sorted(n.dims, key=lambda d: (d != "D", d))
+        return (("C",) if n.token and self.rows else ()) + tuple(dims)
+
+    @staticmethod
+    def spread(tile: Tile, axes: tuple[str, ...]) -> str:
+        """Indexes a tile so that it broadcasts to ``axes``."""
+        if tile.axes == axes or not tile.axes:
+            return tile.text
+        assert set(tile.axes) <= set(axes), f"{tile} to {axes}"
+        index = ", ".join(":" if a in tile.axes else "None" for a in axes)
+        return f"{tile.text}[{index}]"
+
+    def wide(self, n: Expr) -> Tile:
+        """Prints ``n`` in float32."""
+        tile = self.tile(n)
+        if not tile.raw:
+            return tile
+        key = Expr("float32", (n,), dims=n.dims, token=n.token)
+        if key not in self.tiles:
+            self.tiles[key] = self.let(f"{tile.text}_f", f"{tile.text}.to(tl.float32)", tile.axes)
+        return self.tiles[key]
+
+    def operand(self, n: Expr) -> str:
+        """Prints ``n`` as a matmul operand: masked where padding would not be zero, in the inputs' dtype."""
+        return f"{self.guarded(n, raw=True).text}.to(DT)"
+
+    def guarded(self, n: Expr, raw: bool = False) -> Tile:
+        """Prints ``n`` with zeros on padding rows and lanes."""
+        if zero_preserving(n):
+            return self.tile(n) if raw else self.wide(n)
+        key = Expr("guarded", (n,), dims=n.dims, token=n.token)
+        if key not in self.tiles:
+            tile = self.wide(n)
+            mask = self.mask(tile.axes)
+            self.tiles[key] = self.let("b_m", f"tl.where({mask}, {tile.text}, 0.0)", tile.axes) if mask else tile
+        return self.tiles[key]
+
+    def mask(self, axes: tuple[str, ...]) -> str:
+        """Prints the mask of valid rows and lanes of a tile ("" where it has neither)."""
+        parts = [self.spread(Tile("m_t" if a == "C" else f"m_{a.lower()}", (a,)), axes) for a in axes if a != "D"]
+        return " & ".join(parts)
+
+    # -- values -------------------------------------------------------------------------------------------------------------------
+
+    def tile(self, n: Expr) -> Tile:
+        """Prints ``n`` (once) and returns its tile; raises NotImplementedError for an op that has no Triton form."""
+        if n not in self.tiles:
+            self.tiles[n] = self.make(n)
+        return self.tiles[n]
+
+    def make(self, n: Expr) -> Tile:
+        """Prints a value that is not yet there."""
+        if n.op in ("input", "param", "stored"):
+            return self.load(n)
+        if n.op in FUNCTIONS:
+            return self.elementwise(n)
+        maker = getattr(self, f"make_{n.op}", None)
+        if maker is None:
+            raise NotImplementedError(f"no Triton form for op {n.op!r}: {n}")
+        made = maker(n)
+        assert isinstance(made, Tile)
+        return made
+
+    def load(self, n: Expr) -> Tile:
+        """Prints a load; padding rows and lanes read 0."""
+        self.loads[n.name] = n
+        axes = self.axes(n)
+        lanes = [self.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in axes if d != "C"]
+        if n.token and self.rows:
+            rows = self.spread(Tile("o_c", ("C",)), axes)
+            # the chunk's first row in 64 bits, offsets inside the chunk in 32
+            offset = " + ".join([f"{rows} * {n.name}_st", *lanes])
+            at = f"p_{n.name} + t_0 * {n.name}_st + ({offset})" if len(axes) > 1 else f"p_{n.name} + t_0 * {n.name}_st + {offset}"
+        else:
+            at = " + ".join([f"p_{n.name}", *lanes])
+        mask = self.mask(axes)
+        return self.let(f"b_{n.name}", f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})", axes, raw=True)
+
+    def elementwise(self, n: Expr) -> Tile:
+        """Prints an element-wise function; a short one that is used once stays inside its user."""
+        if n.op == "add" and n.args[1].op == "mix" and len(n.args[1].args) == 3 and n.dims and n.args[1].dims == n.dims:
+            return self.accumulate(n.args[1], n.args[0], n)
+        axes = self.axes(n)
+        operands = [self.spread(self.wide(a), axes) for a in n.args]
+        form = FUNCTIONS[n.op].triton
+        self.prelude |= {w for w in ("lg_sign", "lg_logsigmoid", "lg_softplus", "lg_tanh", "lg_elu", "lg_cdf") if w in form}
+        text = form.format(*operands)
+        stem = f"b_{self.known[n]}" if n in self.known else "b_x"
+        if n not in self.known and self.uses[n] == 1 and len(text) < _INLINE:
+            return Tile(f"({text})", axes)
+        return self.let(stem, text, axes)
+
+    def make_const(self, n: Expr) -> Tile:
+        """Prints a number."""
+        return Tile(repr(n.value), ())
+
+    def make_size(self, n: Expr) -> Tile:
+        """Prints the size of a dim."""
+        return Tile(n.name, ())
+
+    def make_scale(self, n: Expr) -> Tile:
+        """Prints the operator's scale."""
+        self.scaled = True
+        return Tile("scale", ())
+
+    def make_pow(self, n: Expr) -> Tile:
+        """Prints a constant power by products, roots and reciprocals, else through the logarithm."""
+        x = self.wide(n.args[0])
+        p = abs(n.value)
+        if p in (1.0, 2.0, 3.0, 4.0):
+            text = " * ".join([x.text] * int(p))
+        elif p == 0.5:
+            text = f"tl.sqrt({x.text})"
+        else:
+            text = f"tl.exp({p!r} * tl.log({x.text}))"
+        return self.let("b_p", f"1.0 / ({text})" if n.value < 0 else text, x.axes)
+
+    def make_expand(self, n: Expr) -> Tile:
+        """Prints nothing: broadcasting does it, or the store."""
+        return self.tile(n.args[0])
+
+    def make_contract(self, n: Expr) -> Tile:
+        """Prints an inner product of two vectors."""
+        a, b = n.args
+        if len(a.dims) != 1 or len(b.dims) != 1:
+            raise NotImplementedError(f"no Triton form for a matrix in {n}")
+        full = ("C", *a.dims) if self.rows and (a.token or b.token) else a.dims
+        clean, other = (a, b) if zero_preserving(a) else (b, a)
+        left = self.spread(self.guarded(clean), full)
+        right = self.spread(self.wide(other) if finite(other) else self.guarded(other), full)
+        return self.let("b_d", f"tl.sum({left} * {right}, axis={len(full) - 1})", full[:-1])
+
+    def make_sum(self, n: Expr) -> Tile:
+        """Prints a sum over a vector."""
+        x = self.guarded(n.args[0])
+        return self.let("b_s", f"tl.sum({x.text}, axis={len(x.axes) - 1})", x.axes[:-1])
+
+    def make_mean(self, n: Expr) -> Tile:
+        """Prints a mean over a vector."""
+        x = self.guarded(n.args[0])
+        return self.let("b_s", f"tl.sum({x.text}, axis={len(x.axes) - 1}) / {n.attr('dim')}", x.axes[:-1])
+
+    def make_rowmax(self, n: Expr) -> Tile:
+        """Prints the largest element of a vector; padding lanes do not count."""
+        x = self.wide(n.args[0])
+        lanes = self.spread(Tile(f"m_{x.axes[-1].lower()}", x.axes[-1:]), x.axes)
+        return self.let("b_s", f"tl.max(tl.where({lanes}, {x.text}, float('-inf')), axis={len(x.axes) - 1})", x.axes[:-1])
+
+    # -- chunks -------------------------------------------------------------------------------------------------------------------
+
+    def coordinate(self, g: Expr) -> dict[str, Tile]:
+        """Prints the cumsum of a log-decay inside the chunk, exact to float32 of every difference.
+
+        The decay is split into a multiple of 1/256, whose sums over a chunk are exact in float32 (MATH.md section 5), and a rest.
+        """
+        key = Expr("coordinate", (g,), dims=g.dims, token=True)
+        if key not in self.tiles:
+            axes = ("C", *g.dims)
+            mask = self.mask(axes)
+            text = self.spread(self.wide(g), axes)
+            b_g = Tile(text, axes)
+            if not zero_preserving(g):
+                b_g = self.let("b_g", f"tl.where({mask}, {text}, 0.0)", axes)
+            hi = self.let("b_gh", f"tl.floor({b_g.text} * 256.0 + 0.5) * 0.00390625", axes)
+            lo = self.let("b_gl", f"{b_g.text} - {hi.text}", axes)
+            found = {"gh": hi, "gl": lo}
+            found["h"] = self.let("b_bh", f"tl.cumsum({hi.text}, axis=0)", axes)
+            found["l"] = self.let("b_bl", f"tl.cumsum({lo.text}, axis=0)", axes)
+            self.tiles[key] = found["h"]
+            self._coordinates[key] = found
+        return self._coordinates[key]
+
+    def total(self, g: Expr) -> tuple[Tile, Tile]:
+        """Prints the sum of a log-decay over the chunk."""
+        found = self.coordinate(g)
+        if "th" not in found:
+            axes = found["gh"].axes[1:]
+            found["th"] = self.let("b_th", f"tl.sum({found['gh'].text}, axis=0)", axes)
+            found["tl"] = self.let("b_tl", f"tl.sum({found['gl'].text}, axis=0)", axes)
+        return found["th"], found["tl"]
+
+    def reading(self, g: Expr, prev: bool) -> tuple[Tile, Tile]:
+        """Prints the coordinate of a read: b, or b - g for a read of the undecayed past."""
+        found = self.coordinate(g)
+        if prev and "ph" not in found:
+            found["ph"] = self.let("b_ph", f"{found['h'].text} - {found['gh'].text}", found["h"].axes)
+            found["pl"] = self.let("b_pl", f"{found['l'].text} - {found['gl'].text}", found["h"].axes)
+        return (found["ph"], found["pl"]) if prev else (found["h"], found["l"])
+
+    def make_start(self, n: Expr) -> Tile:
+        """Prints the decay from the chunk's beginning to a token."""
+        h, low = self.reading(n.args[0], n.attr("prev") == "1")
+        return self.let("e_b", f"tl.exp({h.text} + {low.text})", h.axes)
+
+    def make_end(self, n: Expr) -> Tile:
+        """Prints the decay from a token to the chunk's end."""
+        (th, tl), found = self.total(n.args[0]), self.coordinate(n.args[0])
+        axes = found["h"].axes
+        text = f"({self.spread(th, axes)} - {found['h'].text}) + ({self.spread(tl, axes)} - {found['l'].text})"
+        return self.let("e_c", f"tl.exp({text})", axes)
+
+    def make_whole(self, n: Expr) -> Tile:
+        """Prints the decay over the whole chunk."""
+        th, tl = self.total(n.args[0])
+        return self.let("e_t", f"tl.exp({th.text} + {tl.text})", th.axes)
+
+    def make_carry(self, n: Expr) -> Tile:
+        """Refers to a carry; the kernel declares it."""
+        raise AssertionError(f"carry {n.name} was not declared")
+
+    def make_col(self, n: Expr) -> Tile:
+        """Turns a token's number into a column."""
+        tile = self.wide(n.args[0])
+        named = tile if tile.text.isidentifier() else self.let("b_w", tile.text, tile.axes)
+        return Tile(named.text, ("D",) if named.axes else ())
+
+    def causal(self, n: Expr) -> str:
+        """Names the mask of the pairs that count, made once before the loop."""
+        reverse, inclusive = n.attr("reverse") == "1", n.attr("inclusive") == "1"
+        name = f"m_{'later' if reverse else 'earlier'}{'_or_own' if inclusive else ''}"
+        sign = ("<" if reverse else ">") + ("=" if inclusive else "")
+        line = f"{name} = o_c[:, None] {sign} o_c[None, :]"
+        if line not in self.head:
+            self.head.append(line)
+        return name
+
+    def make_pairs(self, n: Expr) -> Tile:
+        """Prints the decay between every pair of tokens; the exponent is cut at 0 before exp, the mask selects after."""
+        mask = self.causal(n)
+        if not n.args:
+            return Tile(mask, ("C", "D"))
+        g = n.args[0]
+        (rh, rl), found = self.reading(g, n.attr("prev") == "1"), self.coordinate(g)
+        h, low = found["h"].text, found["l"].text
+        if n.attr("reverse") == "1":
+            text = f"({rh.text}[None, :] - {h}[:, None]) + ({rl.text}[None, :] - {low}[:, None])"
+        else:
+            text = f"({rh.text}[:, None] - {h}[None, :]) + ({rl.text}[:, None] - {low}[None, :])"
+        return self.let("b_D", f"tl.where({mask}, tl.exp(tl.minimum({text}, 0.0)), 0.0)", ("C", "D"))
+
+    def weights(self, n: Expr) -> Tile:
+        """Prints the pair weights of a mix: scores and numbers, decayed and masked."""
+        w, pairs = n.args[:2]
+        key = Expr("weights", (w, pairs), dims=("D",), token=True)
+        if key not in self.tiles:
+            tile, p = self.wide(w), self.tile(pairs)
+            text = self.spread(tile, ("C", "D")) if tile.axes else tile.text
+            if not pairs.args:
+                self.tiles[key] = self.let("b_P", f"tl.where({p.text}, {text}, 0.0)", ("C", "D"))
+            else:
+                self.tiles[key] = p if w == E.ONE else self.let("b_P", f"{text} * {p.text}", ("C", "D"))
+        return self.tiles[key]
+
+    def make_gram(self, n: Expr) -> Tile:
+        """Prints pair scores; with a gate, through dyadic anchors."""
+        r, k = n.args[:2]
+        if len(n.args) == 2:
+            text = f"tl.dot({self.operand(r)}, tl.trans({self.operand(k)}), input_precision=PRECISION)"
+            return self.let("b_A", text, ("C", "D"))
+        self.prelude.add("lg_gram")
+        left, right = self.guarded(r), self.guarded(k)
+        axes = ("C", *n.args[2].dims)
+        text = f"lg_gram({self.spread(left, axes)}, {self.spread(right, axes)}, {self.anchored(n)})"
+        return self.let("b_A", text, ("C", "D"))
+
+    def anchored(self, n: Expr) -> str:
+        """Prints the coordinates and flags of a gram or mix with a gate on its vectors' dim."""
+        g = n.args[-1]
+        (rh, rl), found = self.reading(g, n.attr("prev") == "1"), self.coordinate(g)
+        later = f"{rh.text}, {rl.text}, {found['h'].text}, {found['l'].text}"
+        flags = f"{n.attr('inclusive') == '1'}, {n.attr('reverse') == '1'}"
+        return f"{later}, LEVELS, {flags}, C, DT, PRECISION"
+
+    def make_mix(self, n: Expr) -> Tile:
+        """Prints pair weights applied to the tokens' vectors."""
+        if len(n.args) == 3:
+            return self.accumulate(n, None, n)
+        weights, far = self.weights(n), self.guarded(n.args[2])
+        self.prelude.add("lg_mix")
+        axes = ("C", *n.args[3].dims)
+        return self.let("b_o", f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.anchored(n)})", axes)
+
+    def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
+        """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""
+        weights, far = self.weights(mix), mix.args[2]
+        if not far.dims:
+            text = f"tl.sum({weights.text}, axis=1)"
+            if far != E.ONE:
+                text = f"tl.sum({weights.text} * {self.tile(Expr('col', (far,), dims=('D',), token=True)).text}[None, :], axis=1)"
+            return self.let("b_o", text, ("C",))
+        if onto is not None and self.axes(onto) == self.axes(n):
+            base = self.wide(onto)
+            return self.let(
+                "b_o", f"tl.dot({weights.text}.to(DT), {self.operand(far)}, {base.text}, input_precision=PRECISION)", self.axes(n)
+            )
+        tile = self.let("b_o", f"tl.dot({weights.text}.to(DT), {self.operand(far)}, input_precision=PRECISION)", self.axes(mix))
+        if onto is None:
+            return tile
+        return self.let("b_o", f"{tile.text} + {self.spread(self.wide(onto), self.axes(n))}", self.axes(n))
+
+    def make_inter(self, n: Expr) -> Tile:
+        """Prints what the carry holds for every token of the chunk."""
+        r, carry = n.args
+        held = self.tile(carry)
+        if not r.dims:
+            text = held.text if r == E.ONE else f"{self.spread(self.wide(r), ('C', *held.axes))} * {held.text}[None, :]"
+            return Tile(text, held.axes) if r == E.ONE else self.let("b_i", text, ("C", *held.axes))
+        if len(held.axes) == 2:
+            key = Expr("cast", (carry,), dims=carry.dims)
+            if key not in self.tiles:
+                self.tiles[key] = self.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
+            text = f"tl.dot({self.operand(r)}, {self.tiles[key].text}, input_precision=PRECISION)"
+            return self.let("b_i", text, ("C", held.axes[1]))
+        full = ("C", *held.axes)
+        return self.let("b_i", f"tl.sum({self.spread(self.guarded(r), full)} * {held.text}[None, :], axis=1)", ("C",))
+

@@ -1,0 +1,328 @@
+"""Prints a plan as a Triton module: device functions, kernels, and the launchers triton_forward, triton_backward, triton_step."""
+
+from __future__ import annotations
+
+from lagen.emit.kernels import Printed, print_kernel
+from lagen.emit.templates import environment
+from lagen.emit.torch import render_tokens
+from lagen.ir import expr as E
+from lagen.ir.expr import Expr, show
+from lagen.ir.plan import Buffer, Kernel, Plan
+from lagen.ir.recurrence import Adjoint, Recurrence, State
+from lagen.passes.plan import plan as make_plan
+
+_CALLS = {"lg_gram": ("lg_reach",), "lg_mix": ("lg_reach",)}
+"""Device functions that a device function calls."""
+
+
+def render_triton(recurrence: Recurrence, adjoint: Adjoint, plan: Plan | None = None) -> str:
+    """Prints the Triton part of a variant's module."""
+    return _Module(recurrence, adjoint, plan or make_plan(recurrence, adjoint)).render()
+
+
+class _Module:
+    """One module while it is printed."""
+
+    def __init__(self, recurrence: Recurrence, adjoint: Adjoint, plan: Plan) -> None:
+        self.r, self.a, self.plan = recurrence, adjoint, plan
+        self.tensors = recurrence.inputs + recurrence.params
+        self.top = max((t.head for t in self.tensors), key=E.HEADS.index)
+        self.states = {s.name: s for s in recurrence.states + adjoint.states}
+        self.heads = {t.name: t.head for t in self.tensors} | {t.name: t.head for t in adjoint.cotangents}
+        buffers = [s.buffer for k in plan.forward + plan.backward + plan.step for s in k.stores]
+        self.buffers = {b.name: b for b in buffers}
+        self.heads |= {b.name: b.head for b in buffers if b.name not in self.heads}
+        self.heads |= {c.buffer.name: self.top for k in plan.backward for c in k.closings}
+        self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
+
+    def render(self) -> str:
+        """Prints device functions, kernels, launchers."""
+        parts: list[str] = []
+        kernels: list[str] = []
+        functions: list[str] = []
+        prelude: set[str] = set()
+        done: dict[Kernel, Printed | str] = {}
+        for k in self.plan.forward + self.plan.backward + self.plan.step:
+            if k in done:
+                continue
+            if k.kind == "torch":
+                kernels.append(render_tokens(k.name, self.r, self.loads(k), k.stores))
+                done[k] = k.name
+                continue
+            states = {n: s for n, s in self.states.items() if k.kind != "step" or n in {x.name for x in self.r.states}}
+            top = k.stores[0].buffer.head if k.name.startswith("prepare") else self.top
+            printed = print_kernel(k, self.core(k), states, self.heads, top)
+            prelude |= set(printed.prelude)
+            kernels.append(printed.source)
+            done[k] = printed
+        prelude |= {c for p in prelude for c in _CALLS.get(p, ())}
+        macros = environment().get_template("triton/prelude.py.j2").module
+        order = ["lg_reach"] + sorted(prelude - {"lg_reach"}) if "lg_reach" in prelude else sorted(prelude)
+        parts += [str(getattr(macros, name)()).strip("\n") for name in order]
+        functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
+        launch = environment().get_template("triton/launch.py.j2").render(functions=functions, chunk=self.r.chunk_default)
+        return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
+
+    def core(self, k: Kernel) -> Recurrence:
+        """Returns the recurrence whose names a kernel may use."""
+        return self.r
+
+    def loads(self, k: Kernel) -> list[Buffer]:
+        """Lists the stored values that a token-wise kernel loads."""
+        names = dict.fromkeys(n.name for s in k.stores for n in E.walk(s.value) if n.op == "stored")
+        return [self.buffers[n] for n in names]
+
+    # -- launchers ----------------------------------------------------------------------------------------------------------------
+
+    def sizes(self, step: bool) -> list[str]:
+        """Prints unpacking, sizes and dtypes."""
+        lines = []
+        if self.r.inputs:
+            lines.append(f"{', '.join(t.name for t in self.r.inputs)}, = map(_unit, inputs)")
+        if self.r.params:
+            lines.append(f"{', '.join(t.name for t in self.r.params)}, = (x.contiguous() for x in params)")
+        first = self.r.inputs[0].name
+        lines.append(f"B = {first}.shape[0]" if step else f"B, T = {first}.shape[:2]")
+        shift = -1 if step else 0
+        where: dict[str, str] = {}
+        for t in self.tensors:
+            for axis, dim in enumerate(t.shape):
+                where.setdefault(dim, f"{t.name}.shape[{axis + (shift if t.token else 0)}]")
+        top = where.get(self.top, "1") if self.top else "1"
+        lines.append(f"HV = {top}" + (f"\nG = HV // {where['H']}" if self.top == "HV" and "H" in where else "\nG = 1"))
+        for dim in (d for d in where if d not in ("B", "T", "H", "HV")):
+            lines.append(f"{dim} = {where[dim]}")
+        for dim, size in self.r.sizes:
+            lines.append(f"{dim} = {_whole(size)}")
+        lines.append(f"dtype, device = {first}.dtype, {first}.device")
+        return [x for line in lines for x in line.split("\n")]
+
+    def shape(self, b: Buffer, step: bool = False) -> str:
+        """Prints the shape of a buffer."""
+        lead = [f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else []
+        lead += ["B"] if step else ["B", "T"]
+        heads = [] if not b.head else ["HV" if b.head == self.top else "HV // G"]
+        return f"({', '.join([*lead, *heads, *b.dims])}{',' if len(lead) + len(heads) + len(b.dims) == 1 else ''})"
+
+    def dtype(self, b: Buffer) -> str:
+        """Prints the dtype of a buffer."""
+        if b.dtype == "own":
+            name = b.name[1:]
+            narrow = next(t.head for t in self.tensors if t.name == name) != b.head
+            return f"torch.float32 if {'G > 1' if self.top == 'HV' else 'HV > 1'} else {name}.dtype" if narrow else f"{name}.dtype"
+        return "torch.float32" if b.dtype == "float32" else "dtype"
+
+    def tiles(self, kernels: list[Kernel]) -> list[str]:
+        """Prints the configuration of a pass: one chunk, one tile per dim on the grid, blocks of whole dims."""
+        lines = []
+        for k in kernels:
+            if k.kind not in ("sweep", "step"):
+                continue
+            whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
+            tile = k.tile or "16"
+            name = f"B{k.tile}" if k.tile else "_"
+            most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
+            lines.append(f"C, {name}, warps_{k.name}, stages_{k.name} = _config({tile}, {most}, {self.r.inputs[0].name}.element_size())")
+        if not lines:
+            lines.append(f"C = {self.r.chunk_default}")
+        return lines
+
+    def kernel_dims(self, k: Kernel) -> tuple[str, ...]:
+        """Lists a kernel's dims."""
+        p = self.done[k]
+        return p.dims if isinstance(p, Printed) else ()
+
+    def launch(self, k: Kernel, step: bool) -> list[str]:
+        """Prints one launch."""
+        p = self.done[k]
+        if isinstance(p, str):
+            loads = self.loads(k)
+            stored = ", ".join(f"{b.name}.sum(0)" if b.partial else b.name for b in loads) + ("," if len(loads) == 1 else "")
+            names = ", ".join(s.buffer.name for s in k.stores) + ","
+            fix = [f"{s.buffer.name} = {s.buffer.name}[None, None]" for s in k.stores if s.summed]
+            call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale)"
+            return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
+        lines = []
+        for s in k.stores:
+            b = s.buffer
+            if s.summed:
+                lines.append(f"{b.name} = torch.empty((triton.cdiv(T, C), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)")
+            elif k.kind == "tokens" and step:
+                lines.append(f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)")
+            else:
+                lines.append(f"{b.name} = torch.empty({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
+        for c in k.closings:
+            b = c.buffer
+            tail = [*b.dims] or ([f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else [])
+            lines.append(f"{b.name} = torch.empty((B, HV, NSEG, {', '.join(tail)}), dtype=torch.float32, device=device)")
+        args = []
+        for name, _ in p.tensors:
+            b = next((s.buffer for s in k.stores if s.buffer.name == name), None)
+            summed = any(s.summed and s.buffer.name == name for s in k.stores)
+            token = b.token if b else self.token(name)
+            value = f"{name}[:, None]" if step and k.kind == "tokens" and name in self.heads and not b else name
+            if not token or summed:
+                args.append(name)
+                continue
+            head = b.head if b else self.heads[name]
+            partial = (b or self.buffers.get(name) or Buffer(name, head, (), True, "")).partial
+            lead = 2 + bool(head)
+            if partial:
+                args.append(f"{value}, *{value}.stride()[1:{lead + 1}], {value}.stride(0)")
+            elif k.kind == "step":
+                args.append(f"{value}, {value}.stride(0), 0" + (f", {value}.stride(1)" if head else ""))
+            else:
+                args.append(f"{value}, *{value}.stride()[:{lead}]")
+        for name, _ in p.states:
+            args.append(self.pointer(name))
+        args += [c.buffer.name for c in k.closings]
+        if p.scaled:
+            args.append("scale")
+        heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
+        heads = "HV" if self.top == "H" and heads == "HV // G" else heads
+        grid = {"sweep": f"B * {heads} * NY * NSEG", "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC"}[k.kind]
+        tile = f"triton.cdiv({k.tile}, B{k.tile})" if k.tile else "1"
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("4", "2")
+        if k.kind == "sweep":
+            lines.append(f"NY = {tile}")
+            args.append("T, HV, G, NY, NSEG, SEG, C.bit_length() - 1")
+        elif k.kind == "step":
+            lines.append(f"NY = {tile}")
+            args.append("HV, G, NY")
+        else:
+            length = "1" if step else "T"
+            lines.append(f"NC = triton.cdiv({length}, C)")
+            shares = sorted({b.partial for b in self.loads(k) if b.partial})
+            args.append(f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC" + "".join(f", triton.cdiv({d}, B{d})" for d in shares))
+        if k.kind != "step":
+            args.append("C")
+        if p.dims:
+            args.append(", ".join(p.dims))
+            args.append(", ".join(f"B{d}" if d == k.tile else f"_block({d})" for d in p.dims))
+        args.append("_DTYPES[dtype], _precision(dtype)")
+        flags = [self.flag(name) for name, _ in p.states] if k.kind == "sweep" else []
+        if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
+            flags.append("closed")
+        args += flags
+        lines.append(f"if {grid.split(' * ')[0]} * {' * '.join(grid.split(' * ')[1:])} > 0:")
+        lines.append(f"    {k.name}[({grid},)](")
+        lines += [f"        {a}," for a in args]
+        lines.append(f"        num_warps={warps}, num_stages={stages},")
+        lines.append("    )")
+        return lines
+
+    def token(self, name: str) -> bool:
+        """Tells whether a tensor has batch and time."""
+        if any(c.buffer.name == name for k in self.plan.backward for c in k.closings):
+            return False
+        if name in self.buffers and not any(t.name == name for t in self.tensors):
+            return self.buffers[name].token
+        return all(t.token for t in self.tensors if t.name == name)
+
+    def pointer(self, name: str) -> str:
+        """Prints the tensor behind a state's pointer; any tensor stands in for one that is absent."""
+        return f"{name} if {name} is not None else {self.r.inputs[0].name}" if not name.startswith("state_") else name
+
+    def flag(self, name: str) -> str:
+        """Prints whether a state's pointer is there."""
+        return f"{name} is not None"
+
+    def unpack(self, group: str, prefix: str, states: tuple[State, ...]) -> list[str]:
+        """Prints the optional states of one role as contiguous tensors."""
+        names = ", ".join(f"{prefix}_{s.name}" for s in states)
+        none = ", ".join("None" for _ in states)
+        return [f"{names}, = (x.contiguous() for x in {group}) if {group} is not None else ({none},)"]
+
+    def state_shape(self, s: State, wide: bool) -> str:
+        """Prints the shape of a state."""
+        heads = [] if not s.head and not (wide and self.top) else ["HV" if wide or s.head == self.top else "HV // G"]
+        return f"({', '.join(['B', *heads, *s.dims])},)"
+
+    def forward(self, done: dict[Kernel, Printed | str]) -> str:
+        """Prints triton_forward."""
+        self.done = done
+        causal = all(s.causal for s in self.r.states)
+        lines = self.sizes(step=False) + self.tiles(list(self.plan.forward)) + ["NSEG, SEG = 1, triton.cdiv(T, C)"]
+        lines += self.unpack("initial_states", "initial", self.r.states)
+        for s in self.r.states:
+            empty = f"torch.empty({self.state_shape(s, False)}, dtype=torch.float32, device=device)"
+            lines.append(f"final_{s.name} = {empty} if output_final_state else None" if causal else f"final_{s.name} = None")
+        for k in self.plan.forward:
+            lines += self.launch(k, step=False)
+        outs = ", ".join(n for n, _ in self.r.outputs) + ","
+        finals = ", ".join(f"final_{s.name}" for s in self.r.states) + ","
+        saved = "".join(f"{b.name}, " for b in self.plan.saved)
+        lines.append(f"return ({outs}), ({finals}) if output_final_state else None, ({saved})")
+        return _function("triton_forward(inputs, params, scale, initial_states, output_final_state)", "Launches the forward.", lines)
+
+    def backward(self, done: dict[Kernel, Printed | str]) -> str:
+        """Prints triton_backward."""
+        self.done = done
+        lines = self.sizes(step=False) + self.tiles(list(self.plan.backward)) + ["NSEG, SEG = 1, triton.cdiv(T, C)"]
+        lines += self.unpack("initial_states", "initial", self.r.states)
+        lines += self.unpack("d_final_states", "dfinal", self.r.states)
+        lines.append("closed = d_final_states is not None")
+        lines.append(f"{', '.join(n for n, _ in self.r.outputs)}, = map(_unit, outputs)")
+        lines.append(f"{', '.join(t.name for t in self.a.cotangents)}, = map(_unit, d_outputs)")
+        if self.plan.saved:
+            lines.append(f"{', '.join(b.name for b in self.plan.saved)}, = saved")
+        for s in self.r.states:
+            empty = f"torch.empty({self.state_shape(s, True)}, dtype=torch.float32, device=device)"
+            lines.append(f"dinitial_{s.name} = {empty} if initial_states is not None else None")
+        for k in self.plan.backward:
+            lines += self.launch(k, step=False)
+        grads, params = [], []
+        torch_made = {s.buffer.name for k in self.plan.backward if k.kind == "torch" for s in k.stores}
+        for t in self.tensors:
+            name = f"d{t.name}"
+            if not t.token:
+                lines.append(f"{name} = {name}.sum((0, 1))")
+            axis = 2 if t.token else 0
+            lines += self.narrow(name, t.head, axis, f"{t.name}.dtype")
+            (grads if t.token else params).append(name)
+        del torch_made
+        initial = []
+        for s in self.r.states:
+            lines += [f"if dinitial_{s.name} is not None:"] + [f"    {x}" for x in self.narrow(f"dinitial_{s.name}", s.head, 1, "torch.float32")]
+            if lines[-1].startswith("if "):
+                lines.pop()
+            initial.append(f"dinitial_{s.name}")
+        given = f"({', '.join(initial)},) if initial_states is not None else None"
+        lines.append(f"return ({_items(grads)}), ({_items(params)}), {given}")
+        return _function(
+            "triton_backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states)",
+            "Launches the backward: a gradient for every input, param and initial state.",
+            lines,
+        )
+
+    def narrow(self, name: str, head: str, axis: int, dtype: str) -> list[str]:
+        """Prints the sum over the heads that share one, where the gradient's head is narrower than the program's."""
+        if head == self.top:
+            return [] if dtype == "torch.float32" else [f"{name} = {name}.to({dtype})"]
+        if head:
+            return [f"{name} = ({name}.unflatten({axis}, (HV // G, G)).sum({axis + 1}) if G > 1 else {name}).to({dtype})"]
+        return [f"{name} = {name}.sum({axis}).to({dtype})"]
+
+    def step(self, done: dict[Kernel, Printed | str]) -> str:
+        """Prints triton_step."""
+        self.done = done
+        lines = self.sizes(step=True) + self.tiles(list(self.plan.step))
+        lines += [f"{', '.join(f'state_{s.name}' for s in self.r.states)}, = states"]
+        for k in self.plan.step:
+            lines += self.launch(k, step=True)
+            if k.kind == "tokens":
+                lines += [f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores]
+        lines.append(f"return ({', '.join(n for n, _ in self.r.outputs)},)")
+        return _function("triton_step(inputs, params, scale, states)", "Launches one decode step; the states are advanced in place.", lines)
+
+
+def _items(names: list[str]) -> str:
+    return ", ".join(names) + ("," if names else "")
+
+
+def _whole(size: Expr) -> str:
+    return show(size).replace("/", "//")
+
+
+def _function(signature: str, doc: str, lines: list[str]) -> str:
+    return "\n".join([f"def {signature}:", f'    """{doc}"""', *(f"    {x}" for x in lines)])

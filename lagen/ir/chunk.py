@@ -1,0 +1,75 @@
+"""ChunkGraph: what one chunk of C tokens computes, as expressions over tiles.
+
+The rows of a tile are the chunk's tokens (``token``); the dim D means the same tokens as columns. Besides the token-wise ops of
+ir/expr.py there are:
+
+    carry        S as the chunk begins (forward) or as its end meets what later chunks wrote (reverse)          [X, Y]
+    start(g)     exp(b), b = cumsum(g) in the chunk, inclusive; prev: exp(b - g)                                 [C, ..]
+    end(g)       exp(b_C - b)                                                                                    [C, ..]
+    whole(g)     exp(b_C)                                                                                        [..]
+    col(x)       a token's number as a column                                                                   [D]
+    pairs(g)     exp(b_i - b_j) where j <= i, else 0 (strict: j < i; reverse: rows are the earlier tokens)        [C, D]
+    gram(r, n)   r n^T over X; with a gate on X each term carries exp(b_i - b_j) (dyadic anchors)                 [C, D]
+    mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
+    inter(r, S)              r S over X                                                                          [C, Y]
+    suffix(x, y)             as in ir/recurrence.py, over the chunks of a reverse sweep                          [C, ..]
+
+Every exponent is <= 0. What it is not: no memory and no kernels. Who makes it: passes/chunk. Who reads it: passes/plan, emit/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+
+from lagen.ir.expr import Expr, show, walk
+
+TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "mix", "inter")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product n^T f that is added to a carry: ``near`` [C, X] or [C], ``far`` [C, Y] or [C]; numbers stand in either."""
+
+    near: Expr
+    far: Expr
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A state as a sweep holds it: [X, Y] with X contracted by the sweep's readouts and Y left; either may be "".
+
+    ``factors`` are the whole(g) by which it shrinks over a chunk. ``updated`` is false where the sweep only reads it (all tokens' sum).
+    """
+
+    state: str
+    x: str
+    y: str
+    reverse: bool
+    factors: tuple[Expr, ...]
+    terms: tuple[Term, ...]
+    updated: bool = True
+
+    @property
+    def value(self) -> Expr:
+        """Returns the carry as an operand."""
+        return Expr("carry", name=self.state, dims=tuple(sorted(d for d in (self.x, self.y) if d)))
+
+    def __str__(self) -> str:
+        if not self.updated:
+            return f"{self.state} [{self.x}, {self.y}] given"
+        factor = "".join(f"{f} * " for f in self.factors)
+        return f"{self.state} [{self.x}, {self.y}] <- {factor}{self.state}" + "".join(f" + ({t.near})^T ({t.far})" for t in self.terms)
+
+
+def chunk_graph(roots: dict[str, Expr]) -> nx.DiGraph:
+    """Builds the DAG of a chunk: a node per value with its printed form, an edge from operand to user."""
+    graph = nx.DiGraph()
+    for name, root in roots.items():
+        for node in walk(root):
+            graph.add_node(node, text=show(node))
+            for a in node.args:
+                graph.add_edge(a, node)
+        graph.nodes[root]["output"] = name
+    return graph

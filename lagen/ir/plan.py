@@ -1,0 +1,103 @@
+"""Plan: which launches a pass makes, what each holds, loads and stores. No tile sizes (they are a launch's config) and no text.
+
+A *sweep* runs over the chunks of a sequence, forward or reversed, with its carries in registers; one dim (``tile``) is on the grid, all
+others are whole. A *tokens* kernel has no carry: token-wise work before (prepare) or after (finish) the sweeps. Work that changes a
+vector's size runs as torch operations (*torch*), which is a fact of the plan, not of a failure. A *gram* kernel stores pair
+scores whose decay rides on the contracted dim, since they cost log2(C) matmuls and are read by every tile.
+
+Who makes it: passes/plan. Who reads it: passes/schedule, emit/, explain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lagen.ir.chunk import Carry
+from lagen.ir.expr import Expr, show
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that launches read or write.
+
+    ``token``: [B, T, head, *dims]; else [B, head, *dims] for states, [head, *dims] for params. ``partial`` names the tile dim whose
+    programs each store their share, in a leading axis. ``dtype``: input (that of the first input), float32, or own (the tensor's).
+    """
+
+    name: str
+    head: str
+    dims: tuple[str, ...]
+    token: bool
+    dtype: str
+    partial: str = ""
+
+    @property
+    def leaf(self) -> Expr:
+        """Returns the buffer as an operand."""
+        attrs = (("partial", self.partial),) if self.partial else ()
+        return Expr("stored", name=self.name, dims=tuple(sorted(self.dims)), head=self.head, token=self.token, attrs=attrs)
+
+
+@dataclass(frozen=True)
+class Store:
+    """One value written to a buffer; ``summed`` over all tokens of the program (a param's gradient)."""
+
+    buffer: Buffer
+    value: Expr
+    summed: bool = False
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A carry with the buffers it starts from and ends in ("" for none): initial and final states, or their gradients."""
+
+    carry: Carry
+    source: str
+    sink: str
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What the gradient of the final states adds to a suffix sum, computed by the forward sweep at the last chunk."""
+
+    buffer: Buffer
+    states: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. ``kind``: sweep, gram, tokens or torch. ``why`` says in words what made the plan choose it."""
+
+    name: str
+    kind: str
+    stores: tuple[Store, ...]
+    why: str
+    tile: str = ""
+    reverse: bool = False
+    holds: tuple[Hold, ...] = ()
+    closings: tuple[Closing, ...] = ()
+
+    def __str__(self) -> str:
+        way = "reverse " if self.reverse else ""
+        lines = [f"{self.name}: {way}{self.kind}" + (f", {self.tile} on the grid" if self.tile else "") + f"   # {self.why}"]
+        lines += [f"    hold  {h.carry}" for h in self.holds]
+        for s in self.stores:
+            lines.append(f"    {'sum  ' if s.summed else 'store'} {s.buffer.name} = {show(s.value)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of forward, backward and step, in order. ``saved`` are buffers that forward keeps for backward."""
+
+    name: str
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...]
+    step: tuple[Kernel, ...]
+    saved: tuple[Buffer, ...]
+
+    def __str__(self) -> str:
+        parts = [f"plan {self.name}"]
+        for title, kernels in (("forward", self.forward), ("backward", self.backward), ("step", self.step)):
+            parts += [title, *(f"  {line}" for k in kernels for line in str(k).splitlines())]
+        return "\n".join(parts)

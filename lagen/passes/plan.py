@@ -1,0 +1,377 @@
+"""Plans the launches of a variant: what is prepared, what each sweep computes, what is finished afterwards.
+
+Rules, none of them about a variant:
+ 1. A readout that keeps dim Y belongs to the sweep of its direction with Y on the grid: there its contraction is whole (KERNELS.md).
+ 2. A sweep computes element-wise work and sums over whole dims; what its operands need beyond that is prepared. A minimum cut chooses
+    which values cross memory (passes/cut).
+ 3. A result whose readouts live in one sweep, and that sums over no tiled dim, is stored by that sweep. Otherwise the sweeps store the
+    largest pieces they can compute (sums over the tiled dim as partial sums) and a finish kernel does the rest.
+ 4. Pair scores whose decay rides on the contracted dim cost log2(C) matmuls: they are stored once and loaded by every tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from lagen.ir import expr as E
+from lagen.ir.expr import Expr, walk
+from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
+from lagen.passes.chunk import carry_of, lower_readout
+from lagen.passes.cut import cut
+from lagen.passes.lower_rows import lower_rows
+from lagen.passes.simplify import addends, simplify
+
+ROWS = ("contract", "sum", "mean", "rowmax")
+SIZED = ("concat", "taylor2", "quad", "rename", "part", "untaylor2", "unquad", "outer")
+CORE = ("readout", "suffix")
+LEAVES = ("input", "param", "stored")
+Key = tuple[bool, str]
+"""A sweep: reversed or not, and the dim on the grid."""
+
+
+def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
+    """Plans forward, backward and step of ``recurrence``."""
+    lowered = _map_recurrence(recurrence, lower_rows)
+    back = _map_adjoint(simplify(adjoint), lower_rows)
+    prepared = _prepared(lowered, back)
+    table = {n: b.leaf for n, b in prepared.items()}
+    core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
+    back = _map_adjoint(back, lambda e: E.substitute(e, table))
+    head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
+    saved = _saved(core, back, head)
+    back = _map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in saved.items()}))
+    outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
+    kept = {b.name: b for b in saved.values() if b.name not in outputs}
+
+    prepare = tuple(
+        k
+        for h in dict.fromkeys(b.head for b in prepared.values())
+        for k in _tokens(
+            f"prepare_{h}".lower().rstrip("_"),
+            [Store(b, n) for n, b in prepared.items() if b.head == h],
+            "row functions and size changes of the sweeps' operands",
+        )
+    )
+    targets = [(outputs[name], e) for name, e in core.outputs] + [(kept[b.name], n) for n, b in saved.items() if b.name in kept]
+    forward = _Pass("forward", core.states, head)
+    forward.settle(targets)
+    backward = _Pass("backward", core.states + back.states, head)
+    gradients = [
+        (Buffer(f"d{t.name}", head, t.dims, t.token, "own"), e)
+        for t, (_, e) in zip(recurrence.inputs + recurrence.params, back.gradients, strict=True)
+    ]
+    backward.settle(gradients)
+    return Plan(
+        recurrence.name,
+        (*prepare, *forward.kernels({s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states})),
+        backward.kernels(
+            {s.name: (f"initial_{s.name}", "") for s in core.states}
+            | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states}
+        ),
+        (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
+        (*prepared.values(), *kept.values()),
+    )
+
+
+# ---- values as a whole ----------------------------------------------------------------------------------------------------------
+
+
+def _map_state(s: State, f: Callable[[Expr], Expr]) -> State:
+    return replace(s, decay=tuple(f(g) for g in s.decay), writes=tuple(Write(f(w.row), f(w.col), w.decayed) for w in s.writes))
+
+
+def _map_recurrence(r: Recurrence, f: Callable[[Expr], Expr]) -> Recurrence:
+    return replace(r, states=tuple(_map_state(s, f) for s in r.states), outputs=tuple((n, f(e)) for n, e in r.outputs))
+
+
+def _map_adjoint(a: Adjoint, f: Callable[[Expr], Expr]) -> Adjoint:
+    return replace(a, states=tuple(_map_state(s, f) for s in a.states), gradients=tuple((n, f(e)) for n, e in a.gradients))
+
+
+def _operands(states: Iterable[State], roots: Iterable[Expr]) -> list[Expr]:
+    """Lists what the sweeps take: decays, both sides of writes, vectors of readouts."""
+    out = [x for s in states for w in s.writes for x in (w.row, w.col)] + [g for s in states for g in s.decay]
+    return out + [n.args[0] for r in roots for n in E.reads(r, "readout")]
+
+
+def _bytes(n: Expr) -> float:
+    """Estimates the bytes of a value per token and head, at 128 numbers of two bytes a dim."""
+    return (4.0, 256.0, 65536.0)[len(n.dims)] if n.token else 1.0
+
+
+def _named(nodes: Iterable[Expr], names: tuple[tuple[str, Expr], ...], stem: str, taken: set[str]) -> dict[Expr, str]:
+    known = {e: n for n, e in names}
+    out: dict[Expr, str] = {}
+    for n in nodes:
+        name = known.get(n, "")
+        if not name or name in taken:
+            name = next(f"{stem}{i}" for i in range(len(taken) + 1) if f"{stem}{i}" not in taken)
+        taken.add(name)
+        out[n] = name
+    return out
+
+
+def _prepared(recurrence: Recurrence, adjoint: Adjoint) -> dict[Expr, Buffer]:
+    """Chooses what is computed before the sweeps and stored."""
+    wanted = _operands(recurrence.states, [e for _, e in recurrence.outputs])
+    chosen = cut(
+        wanted,
+        early=lambda n: n.op in ROWS + SIZED,
+        cost=lambda n: _bytes(n) if n.op in LEAVES else 2.2 * _bytes(n) + 4,
+    )
+    nodes = [n for n in walk(*wanted) if n in chosen and n.op not in LEAVES and n.token]
+    taken = {t.name for t in recurrence.inputs + recurrence.params} | {n for n, _ in recurrence.outputs}
+    names = _named(nodes, recurrence.names, "x", taken)
+    return {n: Buffer(names[n], n.head, n.dims, n.token, "input" if n.dims else "float32") for n in nodes}
+
+
+def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Buffer]:
+    """Chooses which values that depend on forward readouts the backward loads."""
+    after = {n for _, e in recurrence.outputs for n in walk(e) if n.op == "readout" or any(True for _ in E.reads(n, "readout"))}
+    wanted: list[Expr] = []
+
+    def visit(root: Expr) -> None:
+        E.rewrite(root, lambda n: (wanted.append(n), n)[1] if n in after else None)
+
+    roots = [x for s in adjoint.states for w in s.writes for x in (w.row, w.col)] + [e for _, e in adjoint.gradients]
+    for r in roots:
+        visit(r)
+    # a strict readout that the forward happens to have too is not "after": the backward's sweep computes it in passing
+    outputs = {e: name for name, e in recurrence.outputs}
+    chosen = cut(
+        wanted,
+        early=lambda n: n.op == "readout",
+        cost=lambda n: _bytes(n) if n in outputs else 1.0 if n not in after else 2 * _bytes(n),
+    )
+    nodes = [n for n in walk(*wanted) if n in chosen and n in after]
+    taken = {t.name for t in recurrence.inputs + recurrence.params} | set(outputs.values())
+    names = _named([n for n in nodes if n not in outputs], recurrence.names, "y", taken)
+    dims = {name: d for (name, _), d in zip(recurrence.outputs, recurrence.output_dims, strict=True)}
+    return {
+        n: Buffer(outputs[n], n.head, dims[outputs[n]], True, "input")
+        if n in outputs
+        else Buffer(names[n], head, n.dims, True, "input" if n.dims else "float32")
+        for n in nodes
+    }
+
+
+def _tokens(name: str, stores: list[Store], why: str) -> tuple[Kernel, ...]:
+    """Makes the kernel of token-wise stores, as torch operations where a vector changes its size; none where there is nothing."""
+    if not stores:
+        return ()
+    sized = any(n.op in SIZED or (n.op == "contract" and n.dims) for s in stores for n in walk(s.value))
+    return (Kernel(name, "torch" if sized else "tokens", tuple(stores), why + ("; sizes change: torch operations" if sized else "")),)
+
+
+def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, ...]:
+    """Plans the decode step: one kernel that holds every state; the dim that nothing sums over is on the grid."""
+    roots = [e for _, e in recurrence.outputs]
+    summed = {n.attr("dim") for n in walk(*roots, *_operands(recurrence.states, roots)) if n.op in (*ROWS, "readout")}
+    free = [d for s in recurrence.states for d in s.dims if d not in summed]
+    stores = tuple(Store(outputs[name], e) for name, e in recurrence.outputs)
+    return (Kernel("step", "step", stores, "one token, states in place", free[0] if free else ""),)
+
+
+# ---- one pass -------------------------------------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """The sweeps of one pass, filled by ``settle`` and turned into kernels."""
+
+    def __init__(self, name: str, states: tuple[State, ...], head: str) -> None:
+        self.name = name
+        self.states = {s.name: s for s in states}
+        self.sweeps: dict[Key, list[Store]] = {}
+        self.finish: list[Store] = []
+        self.home: dict[Expr, Key] = {}
+        self.temps: dict[Expr, Expr] = {}
+        self.closings: list[tuple[Key, Closing]] = []
+        self.head = head
+
+    def settle(self, targets: list[tuple[Buffer, Expr]]) -> None:
+        """Gives every target its kernel."""
+        self.place([e for _, e in targets])
+        for buffer, e in targets:
+            keys = self.keys(e)
+            if len(keys) == 1 and buffer.token and self.clean(e, (key := keys.pop())):
+                self.sweeps[key].append(Store(buffer, e))
+            else:
+                self.finish.append(Store(buffer, self.frontier(e), summed=not buffer.token))
+        for key, stores in list(self.sweeps.items()):
+            self.sweeps[key] = [replace(s, value=self.fill(s.value, key)) for s in stores]
+
+    def place(self, roots: list[Expr]) -> None:
+        """Chooses the sweep of every readout and suffix."""
+        cores = [n for n in walk(*roots, *_operands(self.states.values(), [])) if n.op in CORE]
+        loose = []
+        for n in cores:
+            if n.op == "readout":
+                state = self.states[n.name]
+                kept = [d for d in state.dims if d != n.attr("dim")]
+                if kept:
+                    self.home[n] = (state.reverse, kept[0])
+                else:
+                    loose.append(n)
+        for n in loose:
+            state, x = self.states[n.name], n.attr("dim")
+            fits = [k for k in self.home.values() if k[0] == state.reverse and k[1] != x]
+            self.home[n] = fits[0] if fits else (state.reverse, "")
+        for n in cores:
+            if n.op == "suffix":
+                homes = {self.home[r] for a in n.args for r in E.reads(a, "readout") if self.home[r][0]}
+                assert len(homes) == 1, f"a suffix sum over several sweeps: {n}"
+                self.home[n] = homes.pop()
+        for key in dict.fromkeys(self.home.values()):
+            self.sweeps.setdefault(key, [])
+
+    def keys(self, e: Expr) -> set[Key]:
+        """Returns the sweeps whose results ``e`` uses."""
+        if e in self.home:
+            return {self.home[e]}
+        return set().union(*(self.keys(a) for a in e.args)) if e.args else set()
+
+    def clean(self, e: Expr, key: Key) -> bool:
+        """Tells whether the sweep can compute ``e`` whole: no size change, no sum over its tiled dim."""
+        if e.op in SIZED or (e.op in ROWS and (e.attr("dim") == key[1] or e.dims)):
+            return False
+        if e.op == "suffix":
+            return not any(self.partial(a, key) for a in e.args)
+        if e in self.home:
+            return True
+        return all(self.clean(a, key) for a in e.args)
+
+    def partial(self, e: Expr, key: Key) -> bool:
+        """Tells whether ``e`` is linear in sums over the tiled dim, so that tiles may store their shares."""
+        if e.op in ("contract", "sum"):
+            return e.attr("dim") == key[1] and not e.dims and all(self.clean(a, key) for a in e.args)
+        if e.op == "suffix":
+            return any(self.partial(a, self.side(a, key)) for a in e.args)
+        if e.op in ("add", "sub"):
+            return all(self.partial(a, key) for a in e.args)
+        if e.op == "neg":
+            return self.partial(e.args[0], key)
+        if e.op == "mul":
+            a, b = e.args
+            return (self.clean(a, key) and self.partial(b, key)) or (self.clean(b, key) and self.partial(a, key))
+        return False
+
+    def side(self, e: Expr, key: Key) -> Key:
+        """Returns the sweep that computes one side of a suffix sum."""
+        return next(iter(self.keys(e)), key)
+
+    def store(self, e: Expr, key: Key, dtype: str = "") -> Expr:
+        """Lets the sweep store ``e`` for a later kernel and returns the leaf that loads it."""
+        if e not in self.temps:
+            partial = key[1] if not self.clean(e, key) else ""
+            name = f"t{len(self.temps)}"
+            buffer = Buffer(name, self.head, e.dims, True, dtype or ("input" if e.dims else "float32"), partial)
+            self.sweeps[key].append(Store(buffer, e))
+            self.temps[e] = buffer.leaf
+        return self.temps[e]
+
+    def frontier(self, e: Expr) -> Expr:
+        """Rewrites ``e`` over what sweeps store, as much of it as they can compute."""
+        keys = self.keys(e)
+        if not keys:
+            return e
+        if len(keys) == 1:
+            key = next(iter(keys))
+            if self.clean(e, key) or self.partial(e, key):
+                return self.store(e, key)
+        terms = addends(e)
+        if len(terms) > 1:
+            groups: dict[object, list[Expr]] = {}
+            for t in terms:
+                mine = self.keys(t)
+                key = next(iter(mine)) if len(mine) == 1 else None
+                sort = None if key is None else "clean" if self.clean(t, key) else "partial" if self.partial(t, key) else None
+                groups.setdefault((key, sort) if sort else t, []).append(t)
+            if len(groups) > 1:
+                return E.add(*(self.frontier(E.add(*g)) for g in groups.values()))
+        return E.rebuild(e, tuple(self.frontier(a) for a in e.args))
+
+    def fill(self, e: Expr, key: Key) -> Expr:
+        """Gives a suffix sum in a sweep the reads that another sweep stored, and its closing."""
+
+        def rule(n: Expr) -> Expr | None:
+            if n.op != "suffix":
+                return n if n.op == "readout" else None
+            reads, writes = n.args
+            partial = key[1] if any(self.partial(a, self.side(a, key)) for a in n.args) else ""
+            if reads != E.ZERO:
+                reads = self.store(reads, self.side(reads, key), "float32")
+            states = tuple(n.attr("states").split())
+            closing = Buffer(f"closing_{'_'.join(states)}", self.head, n.dims, False, "float32", partial)
+            self.closings.append(((False, key[1]), Closing(closing, states)))
+            return Expr("suffix", (reads, writes, closing.leaf), dims=n.dims, head=n.head, token=True, attrs=n.attrs)
+
+        return E.rewrite(e, rule)
+
+    def kernels(self, ends: dict[str, tuple[str, str]]) -> tuple[Kernel, ...]:
+        """Makes the launches: sweeps in order of need, then the finish; ``ends`` are the buffers of carries."""
+        out = []
+        sunk: set[str] = set()
+        for key in sorted(self.sweeps, key=lambda k: k[0]):
+            stores = self.sweeps[key]
+            reverse, tile = key
+            carries = {}
+            for n in dict.fromkeys(n for n, k in self.home.items() if k == key and n.op == "readout"):
+                state = self.states[n.name]
+                updated = n.attr("at") != "all"
+                carries[n.name, n.attr("dim")] = carry_of(state, n.attr("dim"), updated)
+            if not carries:
+                continue
+
+            def lower(e: Expr, carries: dict[tuple[str, str], object] = carries) -> Expr:
+                return E.rewrite(
+                    e,
+                    lambda n: lower_readout(n, self.states[n.name], carries[n.name, n.attr("dim")])  # type: ignore[arg-type]
+                    if n.op == "readout"
+                    else None,
+                )
+
+            holds = []
+            for c in carries.values():
+                source, sink = ends[c.state]
+                holds.append(Hold(c, source, "" if c.state in sunk else sink))
+                sunk.add(c.state)
+            closings = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
+            way = "rev" if reverse else "fwd"
+            out.append(
+                Kernel(
+                    f"{self.name}_{way}_{tile or 'all'}".lower(),
+                    "sweep",
+                    tuple(replace(s, value=merge(lower(s.value))) for s in stores),
+                    f"readouts that keep {tile or 'nothing'}, {'reversed' if reverse else 'in order'}",
+                    tile,
+                    reverse,
+                    tuple(holds),
+                    closings,
+                )
+            )
+        return (*out, *_tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles"))
+
+
+def merge(e: Expr) -> Expr:
+    """Adds pair weights that meet the same pairs and vector before they meet it: one matmul where there were two."""
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op not in ("add", "sub"):
+            return None
+        groups: dict[object, list[Expr]] = {}
+        for t in addends(n):
+            groups.setdefault((t.args[1:], t.attrs) if t.op == "mix" else t, []).append(t)
+        if not any(len(g) > 1 for g in groups.values()):
+            return None
+        out = []
+        for g in groups.values():
+            if len(g) > 1 and g[0].op == "mix":
+                weights = E.add(*(t.args[0] for t in g))
+                out.append(Expr("mix", (weights, *g[0].args[1:]), dims=g[0].dims, token=True, attrs=g[0].attrs))
+            else:
+                out.extend(g)
+        return E.add(*out)
+
+    return E.rewrite(e, rule)

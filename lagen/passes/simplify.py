@@ -1,0 +1,81 @@
+"""Simplifies expressions before they are lowered: finds again what differentiation took apart.
+
+``absorb`` joins a strict readout with the token's own term into an inclusive readout, where no decay's gradient wants the strict one.
+``factor`` pulls numbers out of inner products, so that matmul operands stay what was loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lagen.ir import expr as E
+from lagen.ir.expr import Expr, walk
+from lagen.ir.recurrence import Adjoint, State, readout
+from lagen.passes.chunk import sides, strip
+from lagen.passes.differentiate import pair
+
+_INCLUSIVE = {"decayed": "now", "later": "since"}
+
+
+def simplify(adjoint: Adjoint) -> Adjoint:
+    """Simplifies every gradient of ``adjoint``."""
+    states = {s.name: s for s in adjoint.recurrence.states + adjoint.states}
+    strict = {n for _, e in adjoint.gradients for s in E.reads(e, "suffix") for a in s.args for n in walk(a) if n.op == "readout"}
+    gradients = tuple((name, factor(absorb(e, states, strict))) for name, e in adjoint.gradients)
+    return replace(adjoint, gradients=gradients)
+
+
+def addends(e: Expr) -> list[Expr]:
+    """Lists the terms of a sum, signs included."""
+    if e.op == "add":
+        return addends(e.args[0]) + addends(e.args[1])
+    if e.op == "sub":
+        return addends(e.args[0]) + [E.neg(t) for t in addends(e.args[1])]
+    if e.op == "neg" and e.args[0].op in ("add", "sub"):
+        return [E.neg(t) for t in addends(e.args[0])]
+    return [e]
+
+
+def own_terms(node: Expr, state: State) -> list[Expr]:
+    """Lists what an inclusive readout adds to a strict one: the token's own writes."""
+    out = []
+    for w in state.writes:
+        near, far = sides(state, node.attr("dim"), w.row, w.col)
+        out.append(E.mul(pair(near, node.args[0]), far))
+    return out
+
+
+def absorb(root: Expr, states: dict[str, State], strict: set[Expr]) -> Expr:
+    """Joins strict readouts with their own terms in every sum of ``root``; ``strict`` ones are left alone."""
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op not in ("add", "sub"):
+            return None
+        terms, changed = addends(n), False
+        for t in list(terms):
+            if t.op != "readout" or t in strict or t.attr("at") not in _INCLUSIVE:
+                continue
+            state = states[t.name]
+            own = own_terms(t, state)
+            if all(o in terms for o in own) and all(w.decayed for w in state.writes):
+                for o in own:
+                    terms.remove(o)
+                terms[terms.index(t)] = readout(state, t.args[0], t.attr("dim"), _INCLUSIVE[t.attr("at")])
+                changed = True
+        return E.add(*(absorb(t, states, strict) for t in terms)) if changed else None
+
+    return E.rewrite(root, rule)
+
+
+def factor(root: Expr) -> Expr:
+    """Pulls numbers out of inner products of vectors."""
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op != "contract" or n.dims or n.args[0].op == "readout":
+            return None
+        (n1, v1), (n2, v2) = strip(factor(n.args[0])), strip(factor(n.args[1]))
+        if n1 == n2 == E.ONE or not (v1.dims and v2.dims):
+            return None
+        return E.mul(n1, n2, E.contract(v1, v2))
+
+    return E.rewrite(root, rule)
