@@ -55,7 +55,7 @@ def shared_sum_kernel(a, o, BT: tl.constexpr):
 def neighbour_kernel(a, BT: tl.constexpr):
     i_p = tl.program_id(0)
     i_t = tl.arange(0, BT)
-    b_n = tl.load(a + (i_p + 1) * BT + i_t, mask=i_p < 1)  # planted: reads what the next program writes
+    b_n = tl.load(a + (i_p + 1) * BT + i_t, mask=i_t < (1 - i_p) * BT)  # planted: reads what the next program writes
     tl.store(a + i_p * BT + i_t, b_n)
 
 
