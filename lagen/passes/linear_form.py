@@ -208,7 +208,7 @@ class Lines:
         if self.open_leaves(left) and self.open_leaves(right):
             narrow, left = sorted((left, right), key=lambda e: len(e.dims))
             right = self.value(narrow)
-        elif self.open_leaves(right):
+        elif self.open_leaves(right) or len(right.dims) > len(left.dims):
             left, right = right, self.value(left)
         else:
             right = self.value(right)
@@ -247,10 +247,12 @@ class Lines:
         inside, under = t.on(dim)
         outside, below = t.off(dim)
         wide = [f for f in (*inside, *under) if len(f.dims) > 1]
+        if t.state is None and len(wide) == 1 and wide[0] in inside:  # a matrix of the token, or a param: it takes the contraction itself
+            vector = product((*(f for f in inside if f is not wide[0]), *(() if right == ONE else (right,))), under)
+            return Term((*outside, self._dot(E.expand(vector, (dim,)), wide[0])), below + divide)
         if wide:
-            self.refuse(
-                "nonlinear-state", f"'{wide[0]}' has both dims of a state and is not an outer product, so '@' cannot pass it", term=wide[0]
-            )
+            message = f"'{wide[0]}' has both dims of a state and is not an outer product, so '@' cannot pass it"
+            self.refuse("nonlinear-state", message, "scale the two sides apart, as in exp(a) * (exp(b) * S[t-1])", wide[0])
         if t.state is None or dim not in t.state.dims:
             return Term((*outside, self._dot(right, product(inside, under))), below + divide, t.state)
         factors, over, at = self._at(t.state, inside + outside, under + below)
@@ -293,7 +295,7 @@ class Lines:
 
     def value(self, x: Expr) -> Expr:
         """Lowers ``x`` to a token-wise value over readouts; raises Refused where a matrix state is left open."""
-        if not E.reads(x, "past", "now"):
+        if not E.reads(x, "past", "now", "outer"):
             return x
         if x.op in ("past", "now"):
             return self._free(x)
