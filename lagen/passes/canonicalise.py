@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lagen.ir import expr as E
+from lagen.ir.bounds import Proof, facts_of, log_of, prove_nonpositive
 from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import Recurrence, State, Write
 from lagen.ir.variant import OutputLine, StateLine, Variant
@@ -85,28 +86,38 @@ def _refuse_reads(lines: Lines, line: StateLine, t: Term) -> None:
 
 
 def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr, ...], Flat, tuple[str, ...]]:
-    """Reads the log-decays off the coefficient of the past: one per subset of the state's dims, each shown to be <= 0."""
+    """Reads the log-decays off the coefficient of the past: one per subset of the state's dims, each shown to be <= 0.
+
+    Returns them, the coefficient itself, and a line for each that says why it is <= 0.
+    """
     if not past:
         if lines.variant.causal:
             lines.refuse("no-past", f"state {line.name} forgets its past whole", f"write {line.name}[t-1] into its line, or causal: false")
         return (), ((), ()), ()
     up, down = _coefficient(lines, line, past)
-    groups: dict[tuple[str, ...], Flat] = {}
+    factors: dict[tuple[str, ...], Expr] = {}
     for dims in sorted({f.dims for f in up + down}, key=lambda d: (len(d), [line.dims.index(x) for x in d])):
-        groups[dims] = tuple(f for f in up if f.dims == dims), tuple(f for f in down if f.dims == dims)
-    decay: list[Expr] = []
-    proofs: list[str] = []
-    for dims, (over, under) in groups.items():
-        factor = product(over, under)
+        factors[dims] = product(tuple(f for f in up if f.dims == dims), tuple(f for f in down if f.dims == dims))
         if len(dims) > 1:
-            lines.not_yet(
-                "dense-decay", f"the decay '{factor}' is on both dims of {line.name} and is not a product of one factor a dim", factor
-            )
-        log, proof = _log_decay(lines, line, factor)
-        if log != E.ZERO:
-            decay.append(E.call("logdecay", log))
-            proofs.append(proof)
-    return tuple(decay), (up, down), tuple(proofs)
+            message = f"the decay '{factors[dims]}' is on both dims of {line.name} and is not a product of one factor a dim"
+            lines.not_yet("dense-decay", message, factors[dims])
+    logs = {dims: log_of(f, facts_of(lines.variant)) for dims, f in factors.items()}
+    proofs = {dims: _proof(lines, log) for dims, log in logs.items()}
+    wider = next((dims for dims in logs if dims), ())
+    if () in logs and wider and not all(p.holds for p in proofs.values()):  # one factor may make up for the other
+        logs[wider] = E.add(logs.pop(()), logs[wider])
+        proofs = {dims: _proof(lines, log) for dims, log in logs.items()}
+    for dims, proof in proofs.items():
+        if not proof.holds:
+            message = f"the state {line.name} may grow: the log of its decay '{factors[dims]}' is not provably <= 0; {proof.text}"
+            lines.refuse("decay-grows", message, f"add `- {proof.wanted}` to assume, where that is so", factors[dims])
+    kept = {dims: log for dims, log in logs.items() if log != E.ZERO}
+    decay = tuple(E.call("logdecay", log) for log in kept.values())
+    return decay, (up, down), tuple(f"{line.name}: {proofs[dims].text}" for dims in kept)
+
+
+def _proof(lines: Lines, log: Expr) -> Proof:
+    return prove_nonpositive(log, facts_of(lines.variant), {e: n for n, e in lines.variant.names})
 
 
 def _coefficient(lines: Lines, line: StateLine, past: list[Term]) -> Flat:
@@ -156,28 +167,6 @@ def _without(items: Iterable[Expr], gone: tuple[Expr, ...]) -> list[Expr]:
     for g in gone:
         rest.remove(g)
     return rest
-
-
-def _log_decay(lines: Lines, line: StateLine, factor: Expr) -> tuple[Expr, str]:
-    """Returns the log of a decay factor and the text of its proof; raises Refused where it may grow the state."""
-    log = _log(factor)
-    return log, f"{line.name}: log-decay {log}: assumed <= 0"
-
-
-def _log(x: Expr) -> Expr:
-    if x.op == "exp":
-        return x.args[0]
-    if x.op == "const":
-        import math
-
-        return E.const(math.log(x.value))
-    if x.op == "sigmoid":
-        return E.call("logsigmoid", x.args[0])
-    if x.op == "mul":
-        return E.add(_log(x.args[0]), _log(x.args[1]))
-    if x.op == "div":
-        return E.sub(_log(x.args[0]), _log(x.args[1]))
-    return E.call("log", x)
 
 
 def _write(lines: Lines, line: StateLine, t: Term) -> Write:
