@@ -1,0 +1,134 @@
+"""Renders the files of a built package: one module per variant, the operator and prelude they import, and the package's own.
+
+Rendering is a function of its arguments alone: twice the same bytes, whatever was rendered before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import jinja2
+
+from lagen import __version__, data
+from lagen.emit.torch import render_torch
+from lagen.ir.expr import Expr
+from lagen.ir.recurrence import Adjoint, Recurrence
+from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
+from lagen.passes.digest import identity
+
+SUPPORT = {"_operator.py": "operator.py", "_chunked.py": "chunked.py"}
+"""The files that every built package carries, and what they are called in lagen/runtime."""
+
+Formula = int | str | tuple[str, "Formula", "Formula"]
+
+
+@dataclass(frozen=True)
+class BackendText:
+    """One entry of a module's table of backends, as text."""
+
+    name: str
+    text: str
+
+
+def support() -> dict[str, str]:
+    """Returns the text of the files that a built package carries beside its operators."""
+    room = Path(__file__).resolve().parent.parent / "runtime"
+    return {name: (room / source).read_text(encoding="utf-8") for name, source in SUPPORT.items()}
+
+
+def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint) -> str:
+    """Renders the module of one variant; it imports torch, triton where it has kernels, and the files of ``support``."""
+    kernels = _kernels(recurrence, adjoint)
+    step = "torch_step" if variant.causal else "None"
+    backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True)")]
+    if kernels:
+        backends.append(BackendText("triton", f"Backend(triton_forward, triton_backward, {step.replace('torch', 'triton')})"))
+    values = {
+        "name": variant.name,
+        "doc": variant.doc,
+        "version": __version__,
+        "origin": Path(variant.path).name,
+        "identity": f"recurrence {identity(recurrence)[:12]}",
+        "formula": "\n".join(f"    {line}" for line in str(recurrence).splitlines()),
+        "torch_functions": render_torch(recurrence, adjoint, variant.assumptions).strip(),
+        "kernels": kernels,
+        "source": _block(variant.source),
+        "groups": [
+            ("inputs", [_argument(t) for t in variant.inputs]),
+            ("params", [_argument(t) for t in variant.params]),
+            ("states", [_argument(s) for s in variant.states] if variant.causal else []),
+            ("outputs", [_argument(o) for o in variant.outputs]),
+        ],
+        "scaled": variant.scaled,
+        "causal": variant.causal,
+        "sizes": repr(tuple((dim, formula(size)) for dim, size in variant.sizes)),
+        "backends": backends,
+        "digest": "",
+    }
+    whole = _fill("module.py.j2", values)
+    digest = hashlib.sha256("\0".join([whole, *support().values()]).encode()).hexdigest()
+    return _fill("module.py.j2", values | {"digest": digest[:12]})
+
+
+def render_package(modules: Mapping[str, str]) -> dict[str, str]:
+    """Returns the texts of a package's files by name, from those of its modules by operator name."""
+    files = support() | {f"{name}.py": modules[name] for name in sorted(modules)}
+    digests = [(file, hashlib.sha256(text.encode()).hexdigest()) for file, text in sorted(files.items())]
+    return files | {"__init__.py": render_init(sorted(modules), digests)}
+
+
+def render_init(names: Sequence[str], digests: Sequence[tuple[str, str]]) -> str:
+    """Renders a package's __init__, which compares its files with ``digests`` before it imports them."""
+    return _fill("package.py.j2", {"version": __version__, "names": names, "files": digests})
+
+
+def formula(size: Expr) -> Formula:
+    """Turns the size of a derived dim into what the operator measures with; raises NotImplementedError naming the op."""
+    if size.op == "const":
+        return int(size.value)
+    if size.op == "size":
+        return size.name
+    if size.op == "pow":
+        return ("pow", formula(size.args[0]), int(size.value))
+    if size.op not in ("add", "sub", "mul", "div"):
+        raise NotImplementedError(f"no size rule for {size}")
+    return (size.op, formula(size.args[0]), formula(size.args[1]))
+
+
+def _kernels(recurrence: Recurrence, adjoint: Adjoint) -> str:
+    """Returns the Triton kernels of a variant, "" where their printer is not there."""
+    if find_spec("lagen.emit.triton") is None:
+        return ""
+    try:
+        text = import_module("lagen.emit.triton").render_triton(recurrence, adjoint)
+    except NotImplementedError:  # an op without a Triton form: the variant runs on torch alone
+        return ""
+    assert isinstance(text, str)
+    return text.strip()
+
+
+def _argument(t: Tensor | StateLine | OutputLine) -> str:
+    dims = ", ".join(f'"{d}"' for d in t.dims) + ("," if len(t.dims) == 1 else "")
+    init = f", init={t.init!r}" if isinstance(t, StateLine) and t.init else ""
+    return f'Argument("{t.name}", "{t.head}", ({dims}){init})'
+
+
+def _block(text: str) -> str:
+    """Writes a text as a readable Python literal."""
+    if text.isascii() and text.isprintable() is False and not {'"""', "\\"} & {p for p in ('"""', "\\") if p in text}:
+        return f'"""\\\n{text}"""' if text.endswith("\n") else f'"""\\\n{text}\\\n"""'
+    return repr(text)
+
+
+def _fill(template: str, values: Mapping[str, object]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data.templates()), undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters["string_literal"] = lambda text: json.dumps(text)
+    return environment.get_template(template).render(values)
