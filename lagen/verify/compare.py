@@ -14,12 +14,17 @@ FLOAT32_LIMIT = 2e-5
 """The most that a float32 output, state or gradient may be off its float64 reference."""
 
 YARDSTICK_FACTOR = 4.0
-"""How much worse than the same recurrence in the same dtype, token by token, a half-precision result may be."""
+"""How much worse than the same recurrence in the same dtype, token by token, a result may be, where that is more than the base."""
 
-YARDSTICK_FLOOR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-"""What rounding the result alone costs: half a unit in the last place of its dtype; the yardstick is never finer."""
+BASE = {
+    torch.float32: FLOAT32_LIMIT,
+    # rounding the result alone: half a unit in the last place
+    torch.bfloat16: YARDSTICK_FACTOR * 2.0**-9,
+    torch.float16: YARDSTICK_FACTOR * 2.0**-12,
+}
+"""What is always allowed to a result computed from inputs of a dtype."""
 
-NOISE = 1e-14
+NOISE = 1e-12
 """A float64 reference below this, measured by what it was made of, is rounding noise around an exact zero."""
 
 UNDERFLOW = 1e-36
@@ -49,7 +54,9 @@ def error(got: Tensor, wanted: Tensor, natural: float = 1.0) -> float:
 
 
 def limit(dtype: torch.dtype, yardstick: float = 0.0) -> float:
-    """Returns the largest error allowed to a result computed from ``dtype`` inputs, given the yardstick's own error."""
-    if dtype in YARDSTICK_FLOOR:
-        return YARDSTICK_FACTOR * max(yardstick, YARDSTICK_FLOOR[dtype])
-    return FLOAT32_LIMIT
+    """Returns the largest error allowed to a result computed from ``dtype`` inputs.
+
+    ``yardstick`` is the error of the recurrence itself in that dtype. In float32 it counts only where the mathematics cancels (the
+    gradient by q of a mean over one token), so that no order of evaluation can do better.
+    """
+    return max(BASE[dtype], YARDSTICK_FACTOR * yardstick)
