@@ -52,7 +52,6 @@ CODES: dict[str, str] = {
     "circle": "rules 2 and 8: states form stages and never write each other",
     "stage-order": "rule 2: a state reads states written above it",
     "matrix-read": "rule 2: a matrix state is read linearly, by @ with a vector",
-    "not-an-outer": "rule 1: a matrix state is written by outer products",
     "matrix-output": "rule 2: no output has both dims of a matrix state",
     "decay-grows": "rule 3: a decay never grows a state",
     "unused": "rule 4: every input, param and state is used",

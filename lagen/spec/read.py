@@ -6,7 +6,7 @@ text -> compose (YAML, places) -> sections -> parse (expressions) -> order of li
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lagen.ir import expr as E
@@ -15,6 +15,7 @@ from lagen.ir.variant import OutputLine, Span, StateLine, Tensor, Variant
 from lagen.spec.document import MAX_BYTES, Mapping, Scalar, Sequence, Source, Value, compose
 from lagen.spec.elaborate import Elaboration, Function, Scope, StateType, unnamed
 from lagen.spec.lines import Line, Order, nodes, terms
+from lagen.spec.lint import lint
 from lagen.spec.mistakes import Mistake, Report, SpecErrors
 from lagen.spec.rules import Rules, is_peak
 from lagen.spec.shapes import layout, least
@@ -481,7 +482,7 @@ def _check_used(reading: Reading, typed: Typed) -> None:
 
 
 def read_places(text: str, path: str = "<spec>") -> tuple[Variant, dict[str, dict[Expr, Span]]]:
-    """Reads a spec's text to a Variant, and the place of every term of every state and output line; raises SpecErrors."""
+    """Reads a spec's text to a Variant, and by line the place of every term ("" for the terms of define); raises SpecErrors."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     report = Report()
     source = Source(text, path)
@@ -495,6 +496,7 @@ def read_places(text: str, path: str = "<spec>") -> tuple[Variant, dict[str, dic
     _read_tensors(reading)
     define, recurrence = _formulas("define", reading), _formulas("recurrence", reading)
     _read_define(reading, define)
+    in_define = reading.scope.places
     _read_assumptions(reading)
     typed = _read_recurrence(reading, recurrence, causal)
     if not report.mistakes:
@@ -518,13 +520,28 @@ def read_places(text: str, path: str = "<spec>") -> tuple[Variant, dict[str, dic
         path=path,
         spans=tuple(reading.spans.items()),
     )
-    return variant, typed.places
+    return variant, {"": in_define, **typed.places}
 
 
 def read_text(text: str, path: str = "<spec>", strict: bool = False) -> Variant:
     """Reads a spec's text; raises SpecErrors with every mistake. With ``strict`` a warning is a mistake."""
-    variant, _ = read_places(text, path)
+    variant, places = read_places(text, path)
+    warnings = lint(variant, places) if strict else ()
+    if warnings:
+        raise SpecErrors((replace(w, warning=False) for w in warnings), variant.source, path)
     return variant
+
+
+def warnings_of(variant: Variant) -> tuple[Mistake, ...]:
+    """Returns the warnings about a variant (rule 6), in the order of the file."""
+    _, places = read_places(variant.source, variant.path)
+    return tuple(sorted(lint(variant, places), key=lambda m: (m.span.line, m.span.col)))
+
+
+def place_of(variant: Variant, line: str, term: Expr) -> Span:
+    """Returns where a term of a state or output line stands in the file; the line's name where the term was made by algebra."""
+    _, places = read_places(variant.source, variant.path)
+    return places.get(line, {}).get(term) or dict(variant.spans)[line]
 
 
 def read(path: str | Path, strict: bool = False) -> Variant:

@@ -19,12 +19,13 @@ def mentions(e: Expr, name: str) -> bool:
     return any(n.op in ("past", "now") and n.name == name for n in walk(e))
 
 
-def _terms(e: Expr, sign: int = 1) -> list[tuple[int, Expr]]:
+def terms(e: Expr, sign: int = 1) -> list[tuple[int, Expr]]:
+    """Lists the terms of a sum with their signs."""
     if e.op == "add":
-        return _terms(e.args[0], sign) + _terms(e.args[1], sign)
+        return terms(e.args[0], sign) + terms(e.args[1], sign)
     if e.op == "sub":
-        return _terms(e.args[0], sign) + _terms(e.args[1], -sign)
-    return _terms(e.args[0], -sign) if e.op == "neg" else [(sign, e)]
+        return terms(e.args[0], sign) + terms(e.args[1], -sign)
+    return terms(e.args[0], -sign) if e.op == "neg" else [(sign, e)]
 
 
 def is_peak(e: Expr, name: str) -> bool:
@@ -34,7 +35,7 @@ def is_peak(e: Expr, name: str) -> bool:
     past = [a for a in e.args if mentions(a, name)]
     if len(past) != 1:
         return False
-    own = [(sign, x) for sign, x in _terms(past[0]) if mentions(x, name)]
+    own = [(sign, x) for sign, x in terms(past[0]) if mentions(x, name)]
     return len(own) == 1 and own[0][0] == 1 and own[0][1].op == "past"
 
 
