@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lagen.emit.templates import environment
 from lagen.emit.statements import Statements, Tile
 from lagen.ir import expr as E
-from lagen.ir.chunk import Carry
+from lagen.ir.chunk import COL, ROW, Carry
 from lagen.ir.expr import Expr
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Store
 from lagen.ir.recurrence import Recurrence, State
@@ -25,6 +25,7 @@ class Printed:
     prelude: tuple[str, ...]
     scaled: bool
     dims: tuple[str, ...]
+    sizes: tuple[str, ...]  # dims of which only the size is used
 
 
 class SweepStatements(Statements):
@@ -38,10 +39,10 @@ class SweepStatements(Statements):
     def make_suffix(self, n: Expr) -> Tile:
         """Prints a suffix sum: reversed inside the chunk, carried across chunks, closed by the final states' gradient."""
         reads, writes, closing = n.args
-        axes = ("C", *n.dims)
+        axes = (ROW, *n.dims)
         self.loads[closing.name] = closing
         name = f"b_{closing.name}"
-        last = self.spread(Tile("(i_c * C + o_c == t_last)", ("C",)), axes)
+        last = self.spread(Tile("(i_c * BT + o_c == t_last)", (ROW,)), axes)
         y = self.guarded(writes)
         # the last token's own write meets the final state without decay
         text = f"tl.where({last}, 0.0, {self.spread(y, axes)})"
@@ -114,7 +115,7 @@ class _Kernel:
             after=self.after,
         )
         tensors = tuple((n, self.buffer(n)) for n in self.tensor_names())
-        return Printed(self.kernel, source, tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims)
+        return Printed(self.kernel, source, tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims, self.extra(dims))
 
     # -- parts --------------------------------------------------------------------------------------------------------------------
 
@@ -123,11 +124,11 @@ class _Kernel:
         found = {d for e in self.out.tiles for d in e.dims} | {d for s in self.kernel.stores for d in s.buffer.dims}
         found |= {d for h in self.kernel.holds for d in (h.carry.x, h.carry.y) if d}
         found |= {d for _, s in self.pointers for d in s.dims}
-        return tuple(sorted(found - {"D"}))
+        return tuple(sorted(found - {COL}))
 
     def offsets(self, dims: tuple[str, ...]) -> list[str]:
         """Prints offsets and masks."""
-        lines = ["o_c = tl.arange(0, C)"] if self.out.rows else []
+        lines = ["o_c = tl.arange(0, BT)"] if self.out.rows else []
         for d in dims:
             tile = f"i_y * B{d} + " if d == self.kernel.tile else ""
             lines += [f"o_{d.lower()} = {tile}tl.arange(0, B{d})", f"m_{d.lower()} = o_{d.lower()} < {d}"]
@@ -208,14 +209,20 @@ class _Kernel:
         else:
             lines.append("T, HV, G, NY, NSEG, SEG, LEVELS")
         if self.out.rows:
-            lines.append("C: tl.constexpr")
+            lines.append("BT: tl.constexpr")
         if dims:
             lines += [", ".join(f"{d}: tl.constexpr" for d in dims), ", ".join(f"B{d}: tl.constexpr" for d in dims)]
+        if self.extra(dims):
+            lines.append(", ".join(f"{d}: tl.constexpr" for d in self.extra(dims)))
         lines.append("DT: tl.constexpr, PRECISION: tl.constexpr")
         flags = self.flags()
         if flags:
             lines.append(", ".join(f"{f}: tl.constexpr" for f in flags))
         return lines
+
+    def extra(self, dims: tuple[str, ...]) -> tuple[str, ...]:
+        """Lists dims that no tile has but whose size a value uses."""
+        return tuple(sorted(self.out.sizes - set(dims)))
 
     def flags(self) -> list[str]:
         """Lists the compile-time facts about optional operands."""
@@ -266,7 +273,7 @@ class _Kernel:
         for hold in self.kernel.holds:
             self.start(hold)
         if any(E.reads(s.value, "suffix") for s in self.kernel.stores) or self.kernel.closings:
-            out.head.append("t_last = tl.minimum((first + count) * C, T) - 1 if HAS_CLOSING else -1")
+            out.head.append("t_last = tl.minimum((first + count) * BT, T) - 1 if HAS_CLOSING else -1")
         news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
         for store in self.kernel.stores:
             self.store(store)
@@ -314,7 +321,7 @@ class _Kernel:
                 side = term.near if carry.x else term.far
                 number = term.far if carry.x else E.ONE
                 value = out.guarded(E.mul(number, side) if side.dims else E.mul(side, number))
-                full = ("C", *held.axes)
+                full = (ROW, *held.axes)
                 spread = out.spread(value, full) if value.axes else f"tl.where(m_t, {value.text}, 0.0)"
                 text = f"{name} + tl.sum({spread}, axis=0)"
             name = out.let(f"{held.text}_n", text, held.axes).text
@@ -323,14 +330,14 @@ class _Kernel:
     def store(self, store: Store) -> None:
         """Prints a store; partial sums go to their tile's share."""
         out, b = self.out, store.buffer
-        axes = (("C",) if out.rows and b.token else ()) + tuple(sorted(b.dims))
+        axes = ((ROW,) if out.rows and b.token else ()) + tuple(sorted(b.dims))
         value = out.wide(store.value)
         text = out.spread(value, axes)
         if not value.axes and axes:
             text = value.text
         at = [f"p_{b.name}"]
         if b.token and out.rows:
-            at += [f"t_0 * {b.name}_st", out.spread(Tile("o_c", ("C",)), axes) + f" * {b.name}_st"]
+            at += [f"t_0 * {b.name}_st", out.spread(Tile("o_c", (ROW,)), axes) + f" * {b.name}_st"]
         at += [out.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in b.dims]
         mask = out.mask(axes)
         where = " + ".join(at[:2] + ([f"({' + '.join(at[2:])})"] if len(at) > 3 else at[2:]))
@@ -395,8 +402,8 @@ class _Kernel:
         """Prints ``n`` with the segment's last token masked away."""
         out = self.out
         tile = out.guarded(n)
-        axes = tile.axes if "C" in tile.axes else ("C", *tile.axes)
-        last = out.spread(Tile("(i_c * C + o_c < t_last)", ("C",)), axes)
+        axes = tile.axes if ROW in tile.axes else (ROW, *tile.axes)
+        last = out.spread(Tile("(i_c * BT + o_c < t_last)", (ROW,)), axes)
         return f"tl.where({last}, {out.spread(tile, axes) if tile.axes else tile.text}, 0.0)"
 
     def finish(self, hold: Hold) -> None:
@@ -472,7 +479,7 @@ class _Kernel:
                     single.used = out.used
                     tile = single.load(n)
                     out.loads[n.name] = n
-                    shape = ", ".join({"C": "C"}.get(a, f"B{a}") for a in tile.axes)
+                    shape = ", ".join({ROW: "BT"}.get(a, f"B{a}") for a in tile.axes)
                     load = single.lines[0].split(" = ", 1)[1].split("  #")[0].replace(f"p_{n.name}", f"p_{n.name} + i * {n.name}_sp", 1)
                     out.lines += [f"{tile.text} = tl.zeros([{shape}], tl.float32)", f"for i in range(N{part}):", f"    {tile.text} += {load}"]
                     out.tiles[n] = Tile(tile.text, tile.axes)
@@ -488,7 +495,7 @@ class _Kernel:
         out, b = self.out, store.buffer
         axes = tuple(sorted(b.dims))
         value = out.guarded(store.value)
-        full = ("C", *axes)
+        full = (ROW, *axes)
         text = f"tl.sum({out.spread(value, full) if value.axes == full else f'tl.where({out.mask(full)}, {out.spread(value, full)}, 0.0)'}, axis=0)"
         size = " * ".join(axes)
         index = "(i_c * (tl.num_programs(0) // NC) + i_b * HV + i_hv)"

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lagen.ir import expr as E
+from lagen.ir.chunk import COL, ROW
 from lagen.ir.expr import Expr, walk
 from lagen.ir.scalar import FUNCTIONS
 
@@ -60,6 +61,7 @@ class Statements:
         self.masks: set[tuple[str, bool]] = set()
         self.prelude: set[str] = set()
         self.scaled = False
+        self.sizes: set[str] = set()  # dims whose size a value uses
         self._coordinates: dict[Expr, dict[str, Tile]] = {}
 
     # -- text ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ class Statements:
     def let(self, stem: str, text: str, axes: tuple[str, ...], raw: bool = False) -> Tile:
         """Assigns ``text`` to a fresh variable."""
         name = self.fresh(stem)
-        shape = ", ".join({"C": "C", "D": "C"}.get(a, f"B{a}") for a in axes)
+        shape = ", ".join({ROW: "BT", COL: "BT"}.get(a, f"B{a}") for a in axes)
         self.lines.append(f"{name} = {text}  # [{shape}]" if len(axes) == 2 else f"{name} = {text}")
         return Tile(name, axes, raw)
 
@@ -81,8 +83,8 @@ class Statements:
 
     def axes(self, n: Expr) -> tuple[str, ...]:
         """Returns the axes of the tile of ``n``: tokens first, then columns, then dims."""
-        dims = sorted(n.dims, key=lambda d: (d != "D", d))
-        return (("C",) if n.token and self.rows else ()) + tuple(dims)
+        dims = sorted(n.dims, key=lambda d: (d != COL, d))
+        return ((ROW,) if n.token and self.rows else ()) + tuple(dims)
 
     @staticmethod
     def spread(tile: Tile, axes: tuple[str, ...]) -> str:
@@ -120,7 +122,7 @@ class Statements:
 
     def mask(self, axes: tuple[str, ...]) -> str:
         """Prints the mask of valid rows and lanes of a tile ("" where it has neither)."""
-        parts = [self.spread(Tile("m_t" if a == "C" else f"m_{a.lower()}", (a,)), axes) for a in axes if a != "D"]
+        parts = [self.spread(Tile("m_t" if a == ROW else f"m_{a.lower()}", (a,)), axes) for a in axes if a != COL]
         return " & ".join(parts)
 
     # -- values -------------------------------------------------------------------------------------------------------------------
@@ -148,9 +150,9 @@ class Statements:
         """Prints a load; padding rows and lanes read 0."""
         self.loads[n.name] = n
         axes = self.axes(n)
-        lanes = [self.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in axes if d != "C"]
+        lanes = [self.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
         if n.token and self.rows:
-            rows = self.spread(Tile("o_c", ("C",)), axes)
+            rows = self.spread(Tile("o_c", (ROW,)), axes)
             # the chunk's first row in 64 bits, offsets inside the chunk in 32
             offset = " + ".join([f"{rows} * {n.name}_st", *lanes])
             at = f"p_{n.name} + t_0 * {n.name}_st + ({offset})" if len(axes) > 1 else f"p_{n.name} + t_0 * {n.name}_st + {offset}"
@@ -179,6 +181,7 @@ class Statements:
 
     def make_size(self, n: Expr) -> Tile:
         """Prints the size of a dim."""
+        self.sizes.add(n.name)
         return Tile(n.name, ())
 
     def make_scale(self, n: Expr) -> Tile:
@@ -207,7 +210,7 @@ class Statements:
         a, b = n.args
         if len(a.dims) != 1 or len(b.dims) != 1:
             raise NotImplementedError(f"no Triton form for a matrix in {n}")
-        full = ("C", *a.dims) if self.rows and (a.token or b.token) else a.dims
+        full = (ROW, *a.dims) if self.rows and (a.token or b.token) else a.dims
         clean, other = (a, b) if zero_preserving(a) else (b, a)
         left = self.spread(self.guarded(clean), full)
         right = self.spread(self.wide(other) if finite(other) else self.guarded(other), full)
@@ -238,7 +241,7 @@ class Statements:
         """
         key = Expr("coordinate", (g,), dims=g.dims, token=True)
         if key not in self.tiles:
-            axes = ("C", *g.dims)
+            axes = (ROW, *g.dims)
             mask = self.mask(axes)
             text = self.spread(self.wide(g), axes)
             b_g = Tile(text, axes)
@@ -293,9 +296,9 @@ class Statements:
 
     def make_col(self, n: Expr) -> Tile:
         """Turns a token's number into a column."""
-        tile = self.wide(n.args[0])
+        tile = self.wide(n.args[0]) if finite(n.args[0]) else self.guarded(n.args[0])
         named = tile if tile.text.isidentifier() else self.let("b_w", tile.text, tile.axes)
-        return Tile(named.text, ("D",) if named.axes else ())
+        return Tile(named.text, (COL,) if named.axes else ())
 
     def causal(self, n: Expr) -> str:
         """Names the mask of the pairs that count, made once before the loop."""
@@ -311,7 +314,7 @@ class Statements:
         """Prints the decay between every pair of tokens; the exponent is cut at 0 before exp, the mask selects after."""
         mask = self.causal(n)
         if not n.args:
-            return Tile(mask, ("C", "D"))
+            return Tile(mask, (ROW, COL))
         g = n.args[0]
         (rh, rl), found = self.reading(g, n.attr("prev") == "1"), self.coordinate(g)
         h, low = found["h"].text, found["l"].text
@@ -319,19 +322,19 @@ class Statements:
             text = f"({rh.text}[None, :] - {h}[:, None]) + ({rl.text}[None, :] - {low}[:, None])"
         else:
             text = f"({rh.text}[:, None] - {h}[None, :]) + ({rl.text}[:, None] - {low}[None, :])"
-        return self.let("b_D", f"tl.where({mask}, tl.exp(tl.minimum({text}, 0.0)), 0.0)", ("C", "D"))
+        return self.let("b_D", f"tl.where({mask}, tl.exp(tl.minimum({text}, 0.0)), 0.0)", (ROW, COL))
 
     def weights(self, n: Expr) -> Tile:
         """Prints the pair weights of a mix: scores and numbers, decayed and masked."""
         w, pairs = n.args[:2]
-        key = Expr("weights", (w, pairs), dims=("D",), token=True)
+        key = Expr("weights", (w, pairs), dims=(COL,), token=True)
         if key not in self.tiles:
             tile, p = self.wide(w), self.tile(pairs)
-            text = self.spread(tile, ("C", "D")) if tile.axes else tile.text
+            text = self.spread(tile, (ROW, COL)) if tile.axes else tile.text
             if not pairs.args:
-                self.tiles[key] = self.let("b_P", f"tl.where({p.text}, {text}, 0.0)", ("C", "D"))
+                self.tiles[key] = self.let("b_P", f"tl.where({p.text}, {text}, 0.0)", (ROW, COL))
             else:
-                self.tiles[key] = p if w == E.ONE else self.let("b_P", f"{text} * {p.text}", ("C", "D"))
+                self.tiles[key] = p if w == E.ONE else self.let("b_P", f"{text} * {p.text}", (ROW, COL))
         return self.tiles[key]
 
     def make_gram(self, n: Expr) -> Tile:
@@ -339,12 +342,12 @@ class Statements:
         r, k = n.args[:2]
         if len(n.args) == 2:
             text = f"tl.dot({self.operand(r)}, tl.trans({self.operand(k)}), input_precision=PRECISION)"
-            return self.let("b_A", text, ("C", "D"))
+            return self.let("b_A", text, (ROW, COL))
         self.prelude.add("lg_gram")
         left, right = self.guarded(r), self.guarded(k)
-        axes = ("C", *n.args[2].dims)
+        axes = (ROW, *n.args[2].dims)
         text = f"lg_gram({self.spread(left, axes)}, {self.spread(right, axes)}, {self.anchored(n)})"
-        return self.let("b_A", text, ("C", "D"))
+        return self.let("b_A", text, (ROW, COL))
 
     def anchored(self, n: Expr) -> str:
         """Prints the coordinates and flags of a gram or mix with a gate on its vectors' dim."""
@@ -352,7 +355,7 @@ class Statements:
         (rh, rl), found = self.reading(g, n.attr("prev") == "1"), self.coordinate(g)
         later = f"{rh.text}, {rl.text}, {found['h'].text}, {found['l'].text}"
         flags = f"{n.attr('inclusive') == '1'}, {n.attr('reverse') == '1'}"
-        return f"{later}, LEVELS, {flags}, C, DT, PRECISION"
+        return f"{later}, LEVELS, {flags}, BT, DT, PRECISION"
 
     def make_mix(self, n: Expr) -> Tile:
         """Prints pair weights applied to the tokens' vectors."""
@@ -360,7 +363,7 @@ class Statements:
             return self.accumulate(n, None, n)
         weights, far = self.weights(n), self.guarded(n.args[2])
         self.prelude.add("lg_mix")
-        axes = ("C", *n.args[3].dims)
+        axes = (ROW, *n.args[3].dims)
         return self.let("b_o", f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.anchored(n)})", axes)
 
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
@@ -369,8 +372,8 @@ class Statements:
         if not far.dims:
             text = f"tl.sum({weights.text}, axis=1)"
             if far != E.ONE:
-                text = f"tl.sum({weights.text} * {self.tile(Expr('col', (far,), dims=('D',), token=True)).text}[None, :], axis=1)"
-            return self.let("b_o", text, ("C",))
+                text = f"tl.sum({weights.text} * {self.tile(Expr('col', (far,), dims=(COL,), token=True)).text}[None, :], axis=1)"
+            return self.let("b_o", text, (ROW,))
         if onto is not None and self.axes(onto) == self.axes(n):
             base = self.wide(onto)
             return self.let(
@@ -386,14 +389,14 @@ class Statements:
         r, carry = n.args
         held = self.tile(carry)
         if not r.dims:
-            text = held.text if r == E.ONE else f"{self.spread(self.wide(r), ('C', *held.axes))} * {held.text}[None, :]"
-            return Tile(text, held.axes) if r == E.ONE else self.let("b_i", text, ("C", *held.axes))
+            text = held.text if r == E.ONE else f"{self.spread(self.wide(r), (ROW, *held.axes))} * {held.text}[None, :]"
+            return Tile(text, held.axes) if r == E.ONE else self.let("b_i", text, (ROW, *held.axes))
         if len(held.axes) == 2:
             key = Expr("cast", (carry,), dims=carry.dims)
             if key not in self.tiles:
                 self.tiles[key] = self.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
             text = f"tl.dot({self.operand(r)}, {self.tiles[key].text}, input_precision=PRECISION)"
-            return self.let("b_i", text, ("C", held.axes[1]))
-        full = ("C", *held.axes)
-        return self.let("b_i", f"tl.sum({self.spread(self.guarded(r), full)} * {held.text}[None, :], axis=1)", ("C",))
+            return self.let("b_i", text, (ROW, held.axes[1]))
+        full = (ROW, *held.axes)
+        return self.let("b_i", f"tl.sum({self.spread(self.guarded(r), full)} * {held.text}[None, :], axis=1)", (ROW,))
 

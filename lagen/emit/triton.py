@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lagen.emit.kernels import Printed, print_kernel
 from lagen.emit.templates import environment
 from lagen.emit.torch import render_tokens
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr, show
 from lagen.ir.plan import Buffer, Kernel, Plan
-from lagen.ir.recurrence import Adjoint, Recurrence, State
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
+from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
 
 _CALLS = {"lg_gram": ("lg_reach",), "lg_mix": ("lg_reach",)}
 """Device functions that a device function calls."""
 
 
-def render_triton(recurrence: Recurrence, adjoint: Adjoint, plan: Plan | None = None) -> str:
+_RESERVED = {"B", "T", "H", "HV", "G", "BT", "DT", "NY", "NC", "NSEG", "SEG", "LEVELS", "PRECISION", "pid", "i", "i_b", "i_c", "i_h", "i_hv", "i_s"}
+_RESERVED |= {"i_y", "first", "count", "torch", "triton", "tl", "inputs", "params", "scale", "saved", "outputs", "states", "closed", "dtype", "device"}
+
+
+def render_triton(recurrence: Recurrence, adjoint: Adjoint) -> str:
     """Prints the Triton part of a variant's module."""
-    return _Module(recurrence, adjoint, plan or make_plan(recurrence, adjoint)).render()
+    recurrence, adjoint = _renamed(recurrence, adjoint)
+    return _Module(recurrence, adjoint, make_plan(recurrence, adjoint)).render()
+
+
+def _renamed(r: Recurrence, a: Adjoint) -> tuple[Recurrence, Adjoint]:
+    """Gives another name to tensors that are called like one of the kernels' own; callers pass them by place."""
+    table = {t.name: f"{t.name}_" for t in r.inputs + r.params if t.name in _RESERVED or t.name[:2] in ("o_", "b_", "p_", "m_", "e_", "t_")}
+    if not table:
+        return r, a
+
+    def leaf(e: Expr) -> Expr:
+        return E.rewrite(e, lambda n: replace(n, name=table[n.name], _hash=0) if n.op in ("input", "param") and n.name in table else None)
+
+    def state(s: State) -> State:
+        return replace(s, decay=tuple(map(leaf, s.decay)), writes=tuple(Write(leaf(w.row), leaf(w.col), w.decayed) for w in s.writes))
+
+    def tensors(ts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(replace(t, name=table.get(t.name, t.name)) for t in ts)
+
+    r = replace(
+        r,
+        inputs=tensors(r.inputs),
+        params=tensors(r.params),
+        states=tuple(map(state, r.states)),
+        outputs=tuple((n, leaf(e)) for n, e in r.outputs),
+        names=tuple((n, leaf(e)) for n, e in r.names),
+    )
+    gradients = tuple((table.get(n, n), leaf(e)) for n, e in a.gradients)
+    return r, replace(a, recurrence=r, states=tuple(map(state, a.states)), gradients=gradients)
 
 
 class _Module:
@@ -27,7 +62,7 @@ class _Module:
         self.r, self.a, self.plan = recurrence, adjoint, plan
         self.tensors = recurrence.inputs + recurrence.params
         self.top = max((t.head for t in self.tensors), key=E.HEADS.index)
-        self.states = {s.name: s for s in recurrence.states + adjoint.states}
+        self.states = {s.name: s for s in plan.states}
         self.heads = {t.name: t.head for t in self.tensors} | {t.name: t.head for t in adjoint.cotangents}
         buffers = [s.buffer for k in plan.forward + plan.backward + plan.step for s in k.stores]
         self.buffers = {b.name: b for b in buffers}
@@ -122,9 +157,9 @@ class _Module:
             tile = k.tile or "16"
             name = f"B{k.tile}" if k.tile else "_"
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
-            lines.append(f"C, {name}, warps_{k.name}, stages_{k.name} = _config({tile}, {most}, {self.r.inputs[0].name}.element_size())")
+            lines.append(f"BT, {name}, warps_{k.name}, stages_{k.name} = _config({tile}, {most}, {self.r.inputs[0].name}.element_size())")
         if not lines:
-            lines.append(f"C = {self.r.chunk_default}")
+            lines.append(f"BT = {self.r.chunk_default}")
         return lines
 
     def kernel_dims(self, k: Kernel) -> tuple[str, ...]:
@@ -146,7 +181,7 @@ class _Module:
         for s in k.stores:
             b = s.buffer
             if s.summed:
-                lines.append(f"{b.name} = torch.empty((triton.cdiv(T, C), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)")
+                lines.append(f"{b.name} = torch.empty((triton.cdiv(T, BT), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)")
             elif k.kind == "tokens" and step:
                 lines.append(f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)")
             else:
@@ -185,20 +220,22 @@ class _Module:
         warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("4", "2")
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
-            args.append("T, HV, G, NY, NSEG, SEG, C.bit_length() - 1")
+            args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
             args.append("HV, G, NY")
         else:
             length = "1" if step else "T"
-            lines.append(f"NC = triton.cdiv({length}, C)")
+            lines.append(f"NC = triton.cdiv({length}, BT)")
             shares = sorted({b.partial for b in self.loads(k) if b.partial})
             args.append(f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC" + "".join(f", triton.cdiv({d}, B{d})" for d in shares))
         if k.kind != "step":
-            args.append("C")
+            args.append("BT")
         if p.dims:
             args.append(", ".join(p.dims))
             args.append(", ".join(f"B{d}" if d == k.tile else f"_block({d})" for d in p.dims))
+        if p.sizes:
+            args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)")
         flags = [self.flag(name) for name, _ in p.states] if k.kind == "sweep" else []
         if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
@@ -242,7 +279,7 @@ class _Module:
         """Prints triton_forward."""
         self.done = done
         causal = all(s.causal for s in self.r.states)
-        lines = self.sizes(step=False) + self.tiles(list(self.plan.forward)) + ["NSEG, SEG = 1, triton.cdiv(T, C)"]
+        lines = self.sizes(step=False) + self.tiles(list(self.plan.forward)) + ["NSEG, SEG = 1, triton.cdiv(T, BT)"]
         lines += self.unpack("initial_states", "initial", self.r.states)
         for s in self.r.states:
             empty = f"torch.empty({self.state_shape(s, False)}, dtype=torch.float32, device=device)"
@@ -258,7 +295,7 @@ class _Module:
     def backward(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_backward."""
         self.done = done
-        lines = self.sizes(step=False) + self.tiles(list(self.plan.backward)) + ["NSEG, SEG = 1, triton.cdiv(T, C)"]
+        lines = self.sizes(step=False) + self.tiles(list(self.plan.backward)) + ["NSEG, SEG = 1, triton.cdiv(T, BT)"]
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
         lines.append("closed = d_final_states is not None")

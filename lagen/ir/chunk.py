@@ -1,6 +1,6 @@
 """ChunkGraph: what one chunk of C tokens computes, as expressions over tiles.
 
-The rows of a tile are the chunk's tokens (``token``); the dim D means the same tokens as columns. Besides the token-wise ops of
+The rows of a tile are the chunk's tokens (``token``); the dim COL means the same tokens as columns. Besides the token-wise ops of
 ir/expr.py there are:
 
     carry        S as the chunk begins (forward) or as its end meets what later chunks wrote (reverse)          [X, Y]
@@ -8,8 +8,8 @@ ir/expr.py there are:
     end(g)       exp(b_C - b)                                                                                    [C, ..]
     whole(g)     exp(b_C)                                                                                        [..]
     col(x)       a token's number as a column                                                                   [D]
-    pairs(g)     exp(b_i - b_j) where j <= i, else 0 (strict: j < i; reverse: rows are the earlier tokens)        [C, D]
-    gram(r, n)   r n^T over X; with a gate on X each term carries exp(b_i - b_j) (dyadic anchors)                 [C, D]
+    pairs(g)     exp(b_i - b_j) where j <= i, else 0 (strict: j < i; reverse: rows are the earlier tokens)        [C, C]
+    gram(r, n)   r n^T over X; with a gate on X each term carries exp(b_i - b_j) (dyadic anchors)                 [C, C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     suffix(x, y)             as in ir/recurrence.py, over the chunks of a reverse sweep                          [C, ..]
@@ -24,6 +24,9 @@ from dataclasses import dataclass
 import networkx as nx
 
 from lagen.ir.expr import Expr, show, walk
+
+ROW, COL = "@", "#"
+"""The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
 TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "mix", "inter")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lagen.ir.chunk import Carry
 from lagen.ir.expr import Expr, show
+from lagen.ir.recurrence import State
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,17 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of forward, backward and step, in order. ``saved`` are buffers that forward keeps for backward."""
+    """The launches of forward, backward and step, in order.
+
+    ``saved`` are buffers that forward keeps for backward; ``states`` are forward and reverse states over what is prepared.
+    """
 
     name: str
     forward: tuple[Kernel, ...]
     backward: tuple[Kernel, ...]
     step: tuple[Kernel, ...]
     saved: tuple[Buffer, ...]
+    states: tuple[State, ...]
 
     def __str__(self) -> str:
         parts = [f"plan {self.name}"]

@@ -11,7 +11,7 @@ stripped off it and ride on the pair weights and accumulators, so matmul operand
 from __future__ import annotations
 
 from lagen.ir import expr as E
-from lagen.ir.chunk import Carry, Term
+from lagen.ir.chunk import COL, Carry, Term
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import State
 
@@ -85,10 +85,10 @@ def lower_readout(node: Expr, state: State, carry: Carry) -> Expr:
             "prev": str(int(prev if not reverse else not write.decayed)),
             "reverse": str(int(reverse)),
         }
-        weight = E.mul(number, E.mul(n_near, n_far) if E.mul(n_near, n_far).op == "const" else _tile("col", E.mul(n_near, n_far), dims=("D",)))
+        weight = E.mul(number, E.mul(n_near, n_far) if E.mul(n_near, n_far).op == "const" else _tile("col", E.mul(n_near, n_far), dims=(COL,)))
         if r.dims:
-            weight = E.mul(_tile("gram", r, v_near, *([on_x] if on_x else []), dims=("D",), **(kind if on_x else {})), weight)
-        pairs = _tile("pairs", *([on_none] if on_none else []), dims=("D",), **kind)
+            weight = E.mul(_tile("gram", r, v_near, *([on_x] if on_x else []), dims=(COL,), **(kind if on_x else {})), weight)
+        pairs = _tile("pairs", *([on_none] if on_none else []), dims=(COL,), **kind)
         out = E.add(out, _tile("mix", weight, pairs, v_far, *([on_y] if on_y else []), dims=v_far.dims, **(kind if on_y else {})))
     return out
 

@@ -83,7 +83,7 @@ def _rowmax(d: Expr, y: Expr) -> tuple[Expr | None, ...]:
 
 def _contraction(d: Expr, y: Expr) -> tuple[Expr | None, ...]:
     a, b = y.args
-    return tuple(E.outer(d, other) if len(x.dims) == 2 else pair(d, other) for x, other in ((a, b), (b, a)))
+    return tuple(E.outer(d, w) if len(x.dims) == 2 else E.contract(d, w) if len(w.dims) == 2 else pair(d, w) for x, w in ((a, b), (b, a)))
 
 
 RULES: dict[str, Rule] = {
@@ -109,6 +109,7 @@ class _Gate:
     """What a log-decay's gradient is made of so far: strict terms of reads and writes, and the states it decays."""
 
     reads: Expr = E.ZERO
+    ahead: Expr = E.ZERO  # of reads of the undecayed past: they count for the tokens before them only
     writes: Expr = E.ZERO
     states: list[str] = field(default_factory=list)
 
@@ -174,7 +175,8 @@ class _Tape:
         gate = self.gates.pop(g)
         head = "HV" if any(self.states[s].head == "HV" for s in gate.states) else self.states[gate.states[0]].head
         attrs = (("states", " ".join(gate.states)),)
-        return Expr("suffix", (gate.reads, gate.writes), dims=g.dims, head=head, token=True, attrs=attrs)
+        total = Expr("suffix", (E.add(gate.reads, gate.ahead), gate.writes), dims=g.dims, head=head, token=True, attrs=attrs)
+        return E.sub(total, gate.ahead)
 
     def read(self, node: Expr, d: Expr) -> None:
         """Gives a readout's vector its cotangent; with a decay, the token's own term stands apart."""
@@ -213,9 +215,13 @@ class _Tape:
                 at = "decayed" if n.attr("at") == "now" else n.attr("at")
                 vector, dim = n.args[0], n.attr("dim")
                 if set(g.dims) <= set(vector.dims):
-                    gate.reads = E.add(gate.reads, _on(vector, readout(state, d, _other(state, n), at), g.dims))
+                    term = _on(vector, readout(state, d, _other(state, n), at), g.dims)
                 else:
-                    gate.reads = E.add(gate.reads, _on(d, readout(state, vector, dim, at), g.dims))
+                    term = _on(d, readout(state, vector, dim, at), g.dims)
+                if at == "previous":
+                    gate.ahead = E.add(gate.ahead, term)
+                else:
+                    gate.reads = E.add(gate.reads, term)
             for w in state.writes:
                 mine = w.row if set(g.dims) <= set(w.row.dims) else w.col
                 gate.writes = E.add(gate.writes, _on(mine, strict[mine], g.dims))

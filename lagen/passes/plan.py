@@ -72,6 +72,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         ),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
         (*prepared.values(), *kept.values()),
+        core.states + back.states,
     )
 
 
@@ -198,7 +199,9 @@ class _Pass:
             if len(keys) == 1 and buffer.token and self.clean(e, (key := keys.pop())):
                 self.sweeps[key].append(Store(buffer, e))
             else:
-                self.finish.append(Store(buffer, self.frontier(e), summed=not buffer.token))
+                # what a decay's gradient is made of cancels: it crosses memory in float32
+                dtype = "float32" if E.reads(e, "suffix") else ""
+                self.finish.append(Store(buffer, self.frontier(e, dtype), summed=not buffer.token))
         for key, stores in list(self.sweeps.items()):
             self.sweeps[key] = [replace(s, value=self.fill(s.value, key)) for s in stores]
 
@@ -271,7 +274,7 @@ class _Pass:
             self.temps[e] = buffer.leaf
         return self.temps[e]
 
-    def frontier(self, e: Expr) -> Expr:
+    def frontier(self, e: Expr, dtype: str) -> Expr:
         """Rewrites ``e`` over what sweeps store, as much of it as they can compute."""
         keys = self.keys(e)
         if not keys:
@@ -279,7 +282,7 @@ class _Pass:
         if len(keys) == 1:
             key = next(iter(keys))
             if self.clean(e, key) or self.partial(e, key):
-                return self.store(e, key)
+                return self.store(e, key, dtype)
         terms = addends(e)
         if len(terms) > 1:
             groups: dict[object, list[Expr]] = {}
@@ -289,8 +292,8 @@ class _Pass:
                 sort = None if key is None else "clean" if self.clean(t, key) else "partial" if self.partial(t, key) else None
                 groups.setdefault((key, sort) if sort else t, []).append(t)
             if len(groups) > 1:
-                return E.add(*(self.frontier(E.add(*g)) for g in groups.values()))
-        return E.rebuild(e, tuple(self.frontier(a) for a in e.args))
+                return E.add(*(self.frontier(E.add(*g), dtype) for g in groups.values()))
+        return E.rebuild(e, tuple(self.frontier(a, dtype) for a in e.args))
 
     def fill(self, e: Expr, key: Key) -> Expr:
         """Gives a suffix sum in a sweep the reads that another sweep stored, and its closing."""
