@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,17 +31,19 @@ class Commands(click.Group):
         """Runs the chosen command; ends with 2 where a spec, a target or a file name is at fault."""
         try:
             return super().invoke(context)
-        except (OSError, *_mistakes()) as error:
+        except BrokenPipeError:  # whoever read our output has seen enough: click's affair
+            raise
+        except _mistakes() as error:
             # A message of the system (a file that is not there) says itself which file; the others are written for the user.
             click.echo(str(error), err=True)
             context.exit(MISTAKEN)
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """Returns the errors that are the user's, of those rooms that were imported: no other can have been raised."""
+    """Returns the errors that are the user's: a file that is not there, and those of the rooms imported so far."""
     rooms = {"lagen.spec.mistakes": "SpecErrors", "lagen.targets.target": "UnknownTarget", "lagen.runtime.build": "BuildRefused"}
     found = [getattr(sys.modules[room], name, None) for room, name in rooms.items() if room in sys.modules]
-    return tuple(error for error in found if isinstance(error, type))
+    return (OSError, *(error for error in found if isinstance(error, type)))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,6 +94,18 @@ def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def _end(passed: bool) -> None:
+    click.get_current_context().exit(0 if passed else FAILED)
+
+
+def _sizes(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """Reads NAME=SIZE; raises click.BadParameter."""
+    for text in texts:
+        if not re.fullmatch(r"[A-Za-z]\w*=[1-9]\d*", text):
+            raise click.BadParameter(f"{text!r}: write NAME=SIZE, as in --dim M=64")
+    return tuple((name, int(size)) for name, _, size in (text.partition("=") for text in texts))
+
+
 @main.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
 def list_specs(as_json: bool) -> None:
@@ -105,19 +119,9 @@ def list_specs(as_json: bool) -> None:
         rows.append({"name": variant.name, "family": family(canonicalise(variant)), "doc": variant.doc, "path": str(path)})
     if as_json:
         return _print_json(rows)
-    _table(("name", "family", "paper"), [(r["name"], r["family"], r["doc"]) for r in rows])
+    from lagen.cli_table import table
 
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
-    """Prints a table: to the width of a terminal, in full where the output is no terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+    table(("name", "family", "paper"), [(r["name"], r["family"], r["doc"]) for r in rows])
 
 
 @main.command()
@@ -161,12 +165,11 @@ def build(paths: list[Path], out: Path, force: bool, strict: bool) -> None:
 @_specs()
 @click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
-@click.pass_context
-def check(context: click.Context, paths: list[Path], strict: bool, as_json: bool) -> None:
+def check(paths: list[Path], strict: bool, as_json: bool) -> None:
     """Test every law on each SPEC (all shipped ones by default) against the float64 oracle."""
     from lagen.cli_check import check_all
 
-    context.exit(FAILED if check_all([_read(p, strict) for p in paths], as_json) else 0)
+    _end(check_all([_read(p, strict) for p in paths], as_json))
 
 
 @main.command()
@@ -191,26 +194,25 @@ def explain(path: Path, stage: str, target: str, strict: bool) -> None:
 @click.option("--H", "h", default=16, show_default=True, type=click.IntRange(1), help="Heads.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Of inputs and params.")
 @click.option("--chunk", type=click.IntRange(1), help="Chunk size; the spec's default where not given.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Size of one dim by name; may repeat.")
+@click.option("--states", is_flag=True, help="With initial and final states.")
 @click.option("--timeout", default=180.0, show_default=True, help="Seconds for one kernel.")
 @click.option("--workers", type=click.IntRange(1), help="Kernels at a time; one a core where not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
-@click.pass_context
-def compile_specs(context: click.Context, paths: list[Path], targets: tuple[str, ...], as_json: bool, **shape: Any) -> None:
+def compile_specs(paths: list[Path], targets: tuple[str, ...], as_json: bool, **shape: Any) -> None:
     """Compile every kernel of each SPEC for a device that need not be here; report registers, spills and shared memory."""
     from lagen.cli_compile import compile_all
     from lagen.targets.target import find
 
-    fits = compile_all([_read(p) for p in paths], [find(t) for t in targets], as_json, **shape)
-    context.exit(0 if fits else FAILED)
+    _end(compile_all([_read(p) for p in paths], [find(t) for t in targets], as_json, **shape))
 
 
 @main.command()
 @click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Training steps.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--prompt", default="The ", show_default=True)
-@click.pass_context
-def demo(context: click.Context, steps: int, seed: int, prompt: str) -> None:
+def demo(steps: int, seed: int, prompt: str) -> None:
     """Train a small character model on the operator of gla, then generate with its decode step."""
     from lagen.demo import run
 
-    context.exit(0 if run(steps, seed, prompt) else FAILED)
+    _end(run(steps, seed, prompt))

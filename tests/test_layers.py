@@ -39,9 +39,12 @@ HOMES = {
 ORACLE = {"ir.expr", "ir.scalar", "ir.variant"}
 
 
+def named(part: str) -> str:
+    return "cli" if part.startswith("cli") else part
+
+
 def room(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "cli" if first.startswith("cli") else first
+    return named(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -69,7 +72,7 @@ def test_a_room_imports_only_from_rooms_above(path: Path) -> None:
     here = room(path)
     for module, line in imports(path):
         if module.startswith("lagen."):
-            other = module.split(".")[1]
+            other = named(module.split(".")[1])
             allowed = ABOVE[here] | {here} | ({"__version__"} if here != "__init__" else set())
             assert other in allowed, f"{name(path)}:{line}: {here} may not import {module}"
 

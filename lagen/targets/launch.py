@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -103,14 +104,12 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "flo
 
 def _write_down(function: Any, args: tuple[object, ...], kwargs: dict[str, Any], grid: Any, target: Target) -> Launch:
     """Writes down one call of a Triton kernel, specialised exactly as Triton would."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime import jit
 
     if not isinstance(function, jit.JITFunction):  # defined while interpreting: its binding rules are those of a compiled kernel
         function = jit.JITFunction(function.fn, **function.kwargs)
-    arch = int(target.arch) if target.backend == "cuda" else target.arch
-    backend = make_backend(GPUTarget(target.backend, arch, target.warp_size))
+    backend = make_backend(_gpu(target))
     bind = jit.create_function_from_signature(function.signature, function.params, backend)
     given = {"enable_fp_fusion": FP_FUSION, **kwargs, "debug": False}
     bound, specialization, extra = bind(*args, **given)
@@ -133,23 +132,54 @@ def _write_down(function: Any, args: tuple[object, ...], kwargs: dict[str, Any],
     )
 
 
+class _Absent:
+    """Stands in for Triton's driver: says which device it would be, and can do nothing else."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        """Returns the device as Triton's compiler names it."""
+        return _gpu(self.target)
+
+    def get_current_device(self) -> int:
+        """Returns the number of the only device."""
+        return 0
+
+
+def _gpu(target: Target) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(target.backend, int(target.arch) if target.backend == "cuda" else target.arch, target.warp_size)
+
+
 @contextmanager
 def record(target: Target) -> Iterator[list[Launch]]:
     """Gathers every Triton launch made inside the block, in order, and starts none of them.
 
-    Functions inside may run on meta tensors; they may touch only shapes, strides and pointers. Works whether or not
-    TRITON_INTERPRET is set. Empty grids are left out, as a driver would do nothing for them.
+    Functions inside may run on meta tensors; they may touch only shapes, strides and pointers, and ask Triton's driver and knobs
+    which device it is: ``target``. Works whether or not TRITON_INTERPRET is set. Empty grids are left out, as a driver would do
+    nothing for them.
     """
-    from triton.runtime import interpreter, jit
+    import triton
+    from triton.runtime import driver, interpreter, jit
 
     launches: list[Launch] = []
+    # Triton imports this when it first specialises an argument; it must see the knobs as they were when Triton was imported.
+    import_module("triton.experimental.gluon.language")
 
     def note(function: Any, *args: object, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launch = _write_down(function, args, kwargs, grid, target)
         if launch.programs:
             launches.append(launch)
 
-    with mock.patch.object(jit.JITFunction, "run", note), mock.patch.object(interpreter.InterpretedFunction, "run", note):
+    with (
+        triton.knobs.runtime.scope(),
+        mock.patch.object(driver, "_active", _Absent(target)),
+        mock.patch.object(jit.JITFunction, "run", note),
+        mock.patch.object(interpreter.InterpretedFunction, "run", note),
+    ):
+        triton.knobs.runtime.interpret = False
         yield launches
 
 

@@ -6,7 +6,8 @@ running Triton's interpreter, which a kernel's module decides on when it is impo
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,14 +35,15 @@ _TENSOR = re.compile(r"\b(?:[HIQ]G?MMA|UTC[A-Z]*MMA)\b|\bv_mfma_", re.M)
 
 
 def load(path: str) -> ModuleType:
-    """Imports the file ``path`` under a name of its own; raises ImportError."""
-    spec = importlib.util.spec_from_file_location(f"lagen_compiled_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Imports the file ``path`` under a name that its content decides, without its package's __init__; raises ImportError."""
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ImportError(f"no file {path}")
+    package = f"lagen_compiled_{hashlib.sha256(bytes(file) + file.read_bytes()).hexdigest()[:16]}"
+    if package not in sys.modules:  # what the file imports from its own folder is found there
+        sys.modules[package] = module_from_spec(ModuleSpec(package, None, is_package=True))
+        sys.modules[package].__path__ = [str(file.parent)]
+    return importlib.import_module(f"{package}.{file.stem}")
 
 
 def _constant(value: object) -> object:
@@ -117,6 +121,7 @@ def answer(line: str) -> str:
 def main() -> None:
     """Serves until standard input ends. The compilers print: their words go to standard error, answers to the real output."""
     importlib.import_module("torch")  # generated modules import it: seconds that are no kernel's
+    sys.dont_write_bytecode = True
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=out, flush=True)
