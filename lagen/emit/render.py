@@ -22,8 +22,8 @@ from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import identity
 
-SUPPORT = {"_operator.py": "operator.py", "_chunked.py": "chunked.py"}
-"""The files that every built package carries, and what they are called in lagen/runtime."""
+SUPPORT = ("signature", "dispatch", "operator", "chunked")
+"""The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
 
 Formula = int | str | tuple[str, "Formula", "Formula"]
 
@@ -39,7 +39,8 @@ class BackendText:
 def support() -> dict[str, str]:
     """Returns the text of the files that a built package carries beside its operators."""
     room = Path(__file__).resolve().parent.parent / "runtime"
-    return {name: (room / source).read_text(encoding="utf-8") for name, source in SUPPORT.items()}
+    texts = {f"_{name}.py": (room / f"{name}.py").read_text(encoding="utf-8") for name in SUPPORT}
+    return {name: text.replace("from lagen.runtime.", "from ._") for name, text in texts.items()}
 
 
 def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint) -> str:

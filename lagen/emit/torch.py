@@ -21,8 +21,10 @@ WIDTH = 96  # characters after which a value gets a line of its own
 _ATOM, _POWER, _SIGN, _PRODUCT, _SUM, _COMPARE = 5, 4, 3, 2, 1, 0
 _LEVELS = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _SIGN}
 _LEVELS |= dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _COMPARE)
-_RESERVED = ("torch", "chunked", "inputs", "params", "scale", "initial_states", "output_final_state", "saved", "outputs", "final_states")
-_RESERVED += ("d_outputs", "d_final_states", "states", "dtype", "like", "B", "T", "H", "G", "HV", "KeyError", "Tensor", "triton", "tl")
+_RESERVED = frozenset(
+    "torch chunked triton tl Tensor inputs params scale states initial_states output_final_state saved outputs final_states d_outputs "
+    "d_final_states dtype like edge B T H G HV".split()
+)
 
 
 def render_torch(recurrence: Recurrence, adjoint: Adjoint, assumptions: Sequence[Expr] = ()) -> str:

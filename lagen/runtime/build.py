@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lagen import __version__
-from lagen.emit.render import SUPPORT, render, render_package
+from lagen.emit.render import render, render_package, support
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
+from lagen.passes.dump import dump
 
 MANIFEST = "lagen.json"
 
@@ -30,14 +31,17 @@ def generate(variant: Variant) -> str:
     """Compiles a variant to the text of its module; raises the refusals of canonicalise."""
     recurrence = canonicalise(variant)
     adjoint = differentiate(recurrence)
-    return render(variant, recurrence, adjoint)
+    source = render(variant, recurrence, adjoint)
+    for stage, value in (("variant", variant), ("recurrence", recurrence), ("adjoint", adjoint), ("source", source)):
+        dump(stage, value)
+    return source
 
 
 def build(variants: Sequence[Variant], out: Path, force: bool = False) -> list[Path]:
     """Writes an importable package with one operator a variant; returns the files written.
 
-    Operators built there before stay. Raises BuildRefused where ``out`` is not a folder that lagen wrote, or where a file in it was
-    changed since; ``force`` writes all the same, and drops what was changed.
+    Operators built there before stay. Raises BuildRefused where ``out`` is not a folder that lagen wrote, where a file in it was
+    changed since, or where another lagen built what would stay; ``force`` writes all the same, and drops what cannot stay.
     """
     out = Path(out)
     if not out.name.isidentifier() and out.resolve().name:
@@ -99,12 +103,16 @@ def _standing(out: Path, replaced: set[str], force: bool) -> dict[str, str]:
     whole = {n for n in present & set(written) if digest_of((out / n).read_bytes()) == written[n]}
     changed = sorted((present & set(written)) - whole)
     _refuse(bool(changed) and not force, f"in {out}, {', '.join(changed)} changed since lagen wrote it; --force writes anew")
-    foreign = sorted((present - set(written)) & (replaced | set(SUPPORT)))
+    carried = support()
+    foreign = sorted((present - set(written)) & (replaced | set(carried)))
     _refuse(bool(foreign) and not force, f"in {out}, {', '.join(foreign)} is not lagen's; --force replaces it")
-    own = set(SUPPORT) | {"__init__.py", MANIFEST}
-    texts = {n.removesuffix(".py"): (out / n).read_text(encoding="utf-8") for n in sorted(whole - own - replaced)}
-    current = all((out / n).is_file() and digest_of((out / n).read_bytes()) == written.get(n) for n in SUPPORT)
-    return texts if current else {}
+    own = set(carried) | {"__init__.py", MANIFEST}
+    staying = sorted(n for n in whole - own - replaced if n.endswith(".py"))
+    aged = any(written.get(n) != digest_of(text.encode()) for n, text in carried.items())
+    _refuse(
+        bool(staying) and aged and not force, f"in {out}, {', '.join(staying)} is of another lagen; build it along, or --force drops it"
+    )
+    return {} if aged else {n.removesuffix(".py"): (out / n).read_text(encoding="utf-8") for n in staying}
 
 
 def _read_manifest(path: Path) -> dict[str, str] | None:

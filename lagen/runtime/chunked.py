@@ -31,12 +31,17 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def lift(x: Tensor, axis: int, head: str, heads: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def lift(x: Tensor, axis: int, head: str, heads: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
     """Casts ``x`` and splits its head axis (at ``axis``; absent where head is "") into [H, G]."""
     x = x.to(dtype)
     if head == "HV":
-        return x.unflatten(axis, heads)
+        return _split(x, axis, *(heads or ()))
     return x.unsqueeze(axis + 1) if head == "H" else x.unsqueeze(axis).unsqueeze(axis)
+
+
+def _split(x: Tensor, axis: int, *sizes: int) -> Tensor:
+    """Views one axis as several."""
+    return x.unflatten(axis, sizes)  # type: ignore[no-any-return]
 
 
 def join(x: Tensor, axis: int, head: str) -> Tensor:
@@ -226,7 +231,7 @@ class State:
         x = x.reshape((1,) * (5 - x.dim()) + tuple(x.shape))
         x = x.expand(-1, self.tokens, -1, -1, -1)
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, self.count * self.size - self.tokens))
-        return x.unflatten(1, (self.count, self.size)).permute(0, 3, 4, 1, 2, 5).contiguous()
+        return _split(x, 1, self.count, self.size).permute(0, 3, 4, 1, 2, 5).contiguous()
 
     def _join(self, x: Tensor) -> Tensor:
         """Returns [B, H, G, N, C, D] as [B, T, H, G, D]."""
@@ -394,11 +399,11 @@ class State:
 
     def _half(self, x: Tensor, half: int, which: int) -> Tensor:
         """Views one half of every block of [.., C, D]: [.., blocks, half, D]."""
-        return x.unflatten(-2, (-1, 2, half))[..., which, :, :]
+        return _split(x, -2, -1, 2, half)[..., which, :, :]
 
     def _block(self, weights: Tensor, half: int) -> Tensor:
         """Views the weights between the halves of every block of [.., C, C]: [.., blocks, half readers, half writers]."""
-        grid = weights.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))  # [.., blocks, 2, half, blocks, 2, half]
+        grid = _split(_split(weights, -1, -1, 2, half), -4, -1, 2, half)  # [.., blocks, 2, half, blocks, 2, half]
         return grid[..., self._reader, :, :, 1 - self._reader, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
     def _meet(self, x: Tensor, y: Tensor, around: tuple[Tensor, Tensor], half: int) -> tuple[Tensor, Tensor]:

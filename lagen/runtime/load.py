@@ -16,7 +16,7 @@ from types import CodeType
 from filelock import FileLock
 
 from lagen import data
-from lagen.emit.render import render_package
+from lagen.emit.render import SUPPORT, render_package
 from lagen.ir.variant import Variant
 from lagen.runtime.build import digest_of, generate, write
 from lagen.runtime.operator import Operator
@@ -78,8 +78,9 @@ def _store(folder: Path, files: dict[str, str]) -> None:
 
 
 def _import(package: str, folder: Path, files: dict[str, str]) -> None:
-    """Imports a package's modules from verified files, operands before users; leaves nothing behind where that fails."""
-    modules = sorted(set(files) - {"__init__.py"}, key=lambda n: (not n.startswith("_"), n))
+    """Imports a package's modules from verified files, what they import first; leaves nothing behind where that fails."""
+    carried = [f"_{name}.py" for name in SUPPORT]
+    modules = [*carried, *sorted(set(files) - {"__init__.py", *carried})]
     with ExitStack() as undo:
         undo.callback(sys.modules.pop, package, None)
         sys.modules[package] = module_from_spec(ModuleSpec(package, None, origin=str(folder), is_package=True))

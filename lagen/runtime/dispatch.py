@@ -1,0 +1,273 @@
+"""Dispatch: a variant's backends behind three dispatcher operators, so that autograd, FakeTensor, torch.compile and export see opaque ops.
+
+Stands alone (torch and the standard library): it is copied into every built package as ``_dispatch.py``.
+
+``torch.ops.lagen.<name>_<digest>`` is the forward, ``.._backward`` and ``.._step`` are what they say. Names carry the digest: two builds
+of one name live in one process, and importing a build twice reuses what is registered. Schemas are flat (inputs, params, then one
+optional initial state each), for lists cost 20 us a call; what is absent comes back as an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lagen.runtime.signature import ArgumentError, OperatorSpec, Sizes, Tensors
+
+Flat = Tensor | Tensors  # an operator with one result returns it bare
+ORDER = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
+"""Which backends serve a device, the preferred one first; any other device runs on torch."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Three plain functions over tuples of tensors in spec order.
+
+    forward(inputs, params, scale, initial_states, output_final_state) -> (outputs, final_states or None, saved)
+    backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states)
+        -> (d_inputs, d_params, d_initial_states or None)
+    step(inputs, params, scale, states) -> outputs; writes the states in place
+
+    What they return is new and contiguous. ``saves`` counts the saved tensors; ``saved``, called as forward is, returns them
+    uninitialised (under FakeTensor, so only their shapes). ``keeps_outputs``: the backward reads outputs and final states.
+    """
+
+    forward: Callable[..., tuple[Tensors, Tensors | None, Tensors]]
+    backward: Callable[..., tuple[Tensors, Tensors, Tensors | None]]
+    step: Callable[..., Tensors] | None
+    saves: int = 0
+    saved: Callable[..., Tensors] | None = None
+    keeps_outputs: bool = True
+    doubles: bool = False  # takes float64
+
+
+def state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Returns the dtype of states: float64 beside a float64 tensor, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def as_tuple(x: Flat) -> Tensors:
+    """Returns what an operator returned as a tuple."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _flat(x: Sequence[Tensor]) -> Flat:
+    return tuple(x) if len(x) != 1 else x[0]
+
+
+class Dispatch:
+    """The three operators of one variant: ``forward``, ``backward``, ``step``, as overloads to call."""
+
+    def __init__(self, spec: OperatorSpec, backends: Mapping[str, Backend]) -> None:
+        self.spec, self.backends = spec, backends
+        self.names = tuple(a.name for a in spec.inputs + spec.params)
+        self.tensors, self.states, self.outputs = len(self.names), len(spec.states), len(spec.outputs)
+        self.made = self.outputs + self.states
+        self.saves = max(b.saves for b in backends.values())
+        base = f"{spec.name}_{spec.digest}"
+        if not hasattr(torch.ops.lagen, base):
+            library = torch.library.Library("lagen", "FRAGMENT")
+            self._register(library, base)
+            # A Library takes its operators along when it goes: this one stays for as long as the operator can be called.
+            getattr(torch.ops.lagen, base).library = library
+        self.forward: Callable[..., Flat] = getattr(torch.ops.lagen, base).default
+        self.backward: Callable[..., Flat] = getattr(torch.ops.lagen, f"{base}_backward").default
+        self.step: Callable[..., Flat] | None = getattr(torch.ops.lagen, f"{base}_step").default if spec.causal else None
+
+    def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        """Parts inputs from params."""
+        n = len(self.spec.inputs)
+        return tensors[:n], tensors[n:]
+
+    def pick(self, name: str, tensors: Sequence[Tensor]) -> Backend:
+        """Returns the named backend, or for "" the one that suits the device and dtype."""
+        if not name:
+            double = any(x.dtype == torch.float64 for x in tensors)
+            order = ORDER.get(tensors[0].device.type, ("torch",))
+            name = next(b for b in order if b in self.backends and (not double or self.backends[b].doubles))
+        return self.backends[name]
+
+    def direct(self, name: str, scale: float, keep: bool, tensors: Tensors, states: Tensors | None) -> Tensors:
+        """Runs a backend past the dispatcher, differentiably: on meta tensors, where the operators only make shapes."""
+        apply: Callable[..., Tensors] = _Direct.apply
+        return apply(self, self.backends[name], scale, keep, *tensors, *(states or ()))
+
+    def direct_step(self, name: str, scale: float, tensors: Tensors, states: Tensors) -> Tensors:
+        """Runs a backend's step past the dispatcher."""
+        return _step_of(self.backends[name], name)(*self.split(tensors), scale, states)
+
+    # -- registration --
+
+    def _register(self, library: torch.library.Library, base: str) -> None:
+        spec = self.spec
+        given = [f"Tensor {n}" for n in self.names]
+        initial = [f"Tensor? initial_{s.name}" for s in spec.states]
+        saved = [f"Tensor saved{i}" for i in range(self.saves)]
+        made = [f"Tensor? made_{o.name}" for o in spec.outputs] + [f"Tensor? final_{s.name}" for s in spec.states]
+        cotangents = [f"Tensor? d_{o.name}" for o in spec.outputs] + [f"Tensor? d_final_{s.name}" for s in spec.states]
+        settings = ["float scale", "bool output_final_state", "str backend"]
+
+        def define(name: str, arguments: list[str], results: int, run: Callable[..., Flat], fake: Callable[..., Flat]) -> None:
+            returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+            library.define(f"{name}({', '.join(arguments)}) -> {returned}")
+            for key in ("CPU", "CUDA"):
+                library.impl(name, run, key)
+            torch.library.register_fake(f"lagen::{name}", fake, lib=library)
+
+        define(base, [*given, *initial, *settings], self.made + self.saves, self._forward, self._fake_forward)
+        torch.library.register_autograd(f"lagen::{base}", self._derive, setup_context=self._remember, lib=library)
+        back = [*given, *initial, *saved, *made, *cotangents, "float scale", "str backend"]
+        define(f"{base}_backward", back, self.tensors + self.states, self._backward, self._fake_backward)
+        torch.library.register_autograd(f"lagen::{base}_backward", self._refuse, lib=library)
+        if spec.causal:
+            written = [f"Tensor({chr(ord('a') + i)}!) state_{s.name}" for i, s in enumerate(spec.states)]
+            define(f"{base}_step", [*given, *written, "float scale", "str backend"], self.outputs, self._step, self._fake_step)
+
+    # -- forward --
+
+    def _initial(self, args: Sequence[Any]) -> Tensors | None:
+        """Returns the initial states of a flat argument list: all or none."""
+        states = tuple(args[self.tensors : self.tensors + self.states])
+        return states if states and states[0] is not None else None
+
+    def _forward(self, *args: Any) -> Flat:
+        """Runs a backend's forward."""
+        tensors = args[: self.tensors]
+        scale, keep, name = args[-3:]
+        backend = self.pick(name, tensors)
+        outputs, finals, saved = backend.forward(*self.split(tensors), scale, self._initial(args), keep)
+        assert len(saved) == backend.saves, f"{self.spec.name}: {len(saved)} tensors saved, {backend.saves} declared"
+        return self._filled(outputs, finals, saved, tensors[0])
+
+    def _filled(self, outputs: Tensors, finals: Tensors | None, saved: Tensors, like: Tensor) -> Flat:
+        """Puts empty tensors where final states or saved tensors are absent."""
+        if finals is None:
+            finals = tuple(like.new_empty(0) for _ in range(self.states))
+        return _flat((*outputs, *finals, *saved, *(like.new_empty(0) for _ in range(self.saves - len(saved)))))
+
+    def _sizes(self, tensors: Tensors, *lead: str) -> Sizes:
+        sizes = Sizes(self.spec)
+        sizes.meet_all(tensors, lead)
+        return sizes
+
+    def _fake_forward(self, *args: Any) -> Flat:
+        """Makes what forward returns, by shape alone."""
+        tensors = args[: self.tensors]
+        scale, keep, name = args[-3:]
+        backend, sizes, first = self.pick(name, tensors), self._sizes(tensors, "B", "T"), tensors[0]
+        outputs = tuple(first.new_empty(sizes.shape(o, "B", "T")) for o in self.spec.outputs)
+        finals = tuple(first.new_empty(sizes.shape(s, "B"), dtype=state_dtype(tensors)) for s in self.spec.states)
+        saved = backend.saved(*self.split(tensors), scale, self._initial(args), keep) if backend.saved else ()
+        return self._filled(outputs, finals if keep else None, saved, first)
+
+    # -- backward --
+
+    def _remember(self, ctx: FunctionCtx, inputs: tuple[Any, ...], output: Flat) -> None:
+        """Keeps for the backward what it reads."""
+        *tensors, scale, keep, name = inputs
+        flat = as_tuple(output)
+        outputs = flat[: self.made if keep else self.outputs] if self.pick(name, inputs[: self.tensors]).keeps_outputs else ()
+        ctx.save_for_backward(*tensors, *flat[self.made :], *outputs)
+        ctx.mark_non_differentiable(*flat[self.made :])
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.keep, ctx.backend = scale, keep, name  # type: ignore[attr-defined]
+
+    def _derive(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Calls the backward operator; returns a gradient for every tensor."""
+        given = self.tensors + self.states
+        kept, made = list(ctx.saved_tensors[: given + self.saves]), list(ctx.saved_tensors[given + self.saves :])
+        made += [None] * (self.made - len(made))
+        d_made = list(cotangents[: self.made])
+        if not ctx.keep:
+            d_made[self.outputs :] = [None] * self.states
+        flat = as_tuple(self.backward(*kept, *made, *d_made, ctx.scale, ctx.backend))
+        d_states = [None if s is None else d for s, d in zip(kept[self.tensors : given], flat[self.tensors :], strict=True)]
+        return (*flat[: self.tensors], *d_states, None, None, None)
+
+    def _backward(self, *args: Any) -> Flat:
+        """Runs a backend's backward; cotangents that are absent are zeros, those of final states may be absent together."""
+        tensors, first = args[: self.tensors], args[0]
+        scale, name = args[-2:]
+        backend, initial = self.pick(name, tensors), self._initial(args)
+        rest = args[self.tensors + self.states : -2]
+        saved, made, cotangents = rest[: backend.saves], rest[self.saves : self.saves + self.made], rest[self.saves + self.made :]
+        sizes = self._sizes(tensors, "B", "T")
+
+        def dense(d: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return first.new_zeros(shape, dtype=dtype) if d is None else d
+
+        d_outputs = tuple(dense(d, sizes.shape(o, "B", "T"), first.dtype) for o, d in zip(self.spec.outputs, cotangents, strict=False))
+        d_finals: Tensors | None = None
+        if any(d is not None for d in cotangents[self.outputs :]):
+            dtype, last = state_dtype(tensors), cotangents[self.outputs :]
+            d_finals = tuple(dense(d, sizes.shape(s, "B"), dtype) for s, d in zip(self.spec.states, last, strict=True))
+        outputs, finals = (tuple(x for x in part if x is not None) for part in (made[: self.outputs], made[self.outputs :]))
+        d_inputs, d_params, d_states = backend.backward(
+            *self.split(tensors), scale, initial, saved, outputs, finals or None, d_outputs, d_finals
+        )
+        if d_states is None:
+            d_states = tuple(first.new_empty(0) for _ in range(self.states))
+        return _flat((*d_inputs, *d_params, *d_states))
+
+    def _fake_backward(self, *args: Any) -> Flat:
+        """Makes what backward returns, by shape alone."""
+        states = self._initial(args) or tuple(args[0].new_empty(0) for _ in range(self.states))
+        return _flat(tuple(x.new_empty(x.shape) for x in (*args[: self.tensors], *states)))
+
+    def _refuse(self, ctx: Any, *cotangents: Tensor | None) -> None:
+        """Raises: there are no second derivatives."""
+        raise RuntimeError(f"{self.spec.name} has no second derivative: its backward cannot be differentiated")
+
+    # -- step --
+
+    def _step(self, *args: Any) -> Flat:
+        """Runs a backend's step, which writes the states; their version says so, for a kernel writes past autograd."""
+        tensors, states = args[: self.tensors], args[self.tensors : self.tensors + self.states]
+        scale, name = args[-2:]
+        outputs = _step_of(self.pick(name, tensors), name)(*self.split(tensors), scale, states)
+        torch.autograd.graph.increment_version(states)
+        return _flat(outputs)
+
+    def _fake_step(self, *args: Any) -> Flat:
+        """Makes what step returns, by shape alone."""
+        tensors = args[: self.tensors]
+        sizes = self._sizes(tensors, "B")
+        return _flat(tuple(tensors[0].new_empty(sizes.shape(o, "B")) for o in self.spec.outputs))
+
+
+def _step_of(backend: Backend, name: str) -> Callable[..., Tensors]:
+    if backend.step is None:
+        raise ArgumentError(f"the backend {name or 'of this device'} has no decode step")
+    return backend.step
+
+
+class _Direct(torch.autograd.Function):
+    """A backend's forward and backward as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, dispatch: Dispatch, backend: Backend, scale: float, keep: bool, *tensors: Tensor) -> Tensors:
+        """Runs the backend's forward over inputs, params and, where given, initial states."""
+        n = dispatch.tensors
+        outputs, finals, saved = backend.forward(*dispatch.split(tensors[:n]), scale, tensors[n:] or None, keep)
+        ctx.save_for_backward(*tensors, *saved, *outputs, *(finals or ()))
+        ctx.counts = (len(tensors), len(saved), len(outputs))
+        ctx.dispatch, ctx.backend, ctx.scale = dispatch, backend, scale
+        return (*outputs, *(finals or ()))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """Runs the backend's backward."""
+        kept, n = ctx.saved_tensors, ctx.dispatch.tensors
+        given, saved, made = ctx.counts
+        tensors, outputs, finals = kept[:given], kept[given + saved : given + saved + made], kept[given + saved + made :] or None
+        inputs, params = ctx.dispatch.split(tensors[:n])
+        initial, rest = tensors[n:] or None, (cotangents[:made], cotangents[made:] or None)
+        d_inputs, d_params, d_states = ctx.backend.backward(
+            inputs, params, ctx.scale, initial, kept[given : given + saved], outputs, finals, *rest
+        )
+        return (None, None, None, None, *d_inputs, *d_params, *(d_states or ()))
