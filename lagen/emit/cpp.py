@@ -1,0 +1,471 @@
+"""Prints a Recurrence and its Adjoint as one C++ file with a C interface: lagen_forward, lagen_backward and lagen_step.
+
+The algebra comes from emit/cpp_plan, in loops and sweeps over a tile of tokens; the templates in templates/cpp own the vectors, the
+sweeps and the walk over tokens. The printer is closed: an op it does not know raises and names itself. Sizes are read at run time,
+so one file serves every K and V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jinja2
+
+from lagen import data
+from lagen.emit.cpp_plan import (
+    LEAVES,
+    POST,
+    REDUCTIONS,
+    Fallback,
+    Loop,
+    Pass,
+    Program,
+    Resize,
+    Step,
+    Suffix,
+    Sweep,
+    plan_backward,
+    plan_forward,
+)
+from lagen.ir.expr import Expr, number
+from lagen.ir.recurrence import Adjoint, Recurrence
+from lagen.ir.scalar import FUNCTIONS
+
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_POWERS = {2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", -1.0: "1.0f / {0}", -2.0: "1.0f / ({0} * {0})", 0.5: "lg_sqrt({0})", -0.5: "1.0f / lg_sqrt({0})"}
+_START = {"rowmax": "splat(-INFINITY)"}
+
+
+def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> str | Fallback:
+    """Prints the C++ of a variant, or says why it runs through the torch evaluation. ``header`` is comment text."""
+    forward, backward = plan_forward(recurrence), plan_backward(adjoint)
+    if isinstance(forward, Fallback):
+        return forward
+    if isinstance(backward, Fallback):
+        return backward
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data.templates() / "cpp"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    gradients = dict(adjoint.gradients)
+    present = [n for n, _ in backward.sinks]
+    text = environment.get_template("operator.cpp.j2").render(
+        name=recurrence.name,
+        header=[line.rstrip() for line in header.splitlines()],
+        formula=str(recurrence).splitlines(),
+        sizes=_sizes(recurrence),
+        inputs=[t.name for t in recurrence.inputs],
+        params=[t.name for t in recurrence.params],
+        states=[s.name for s in recurrence.states],
+        outputs=[n for n, _ in recurrence.outputs],
+        causal=all(s.causal for s in recurrence.states),
+        absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
+        directions=[_Printer(recurrence, forward, "forward").printed(), _Printer(recurrence, backward, "backward").printed()],
+    )
+    assert set(present) <= set(gradients)
+    return text.rstrip() + "\n"
+
+
+def fallback(recurrence: Recurrence, adjoint: Adjoint) -> str:
+    """Returns why a variant runs through the torch evaluation on the CPU; "" where generated C++ carries it."""
+    return next((p.reason for p in (plan_forward(recurrence), plan_backward(adjoint)) if isinstance(p, Fallback)), "")
+
+
+def _dims(recurrence: Recurrence) -> list[str]:
+    """Lists the dims whose sizes the caller hands over, in the order of the call."""
+    derived = {n for n, _ in recurrence.sizes}
+    tensors = recurrence.inputs + recurrence.params
+    return list(dict.fromkeys(d for t in tensors for d in t.dims if d not in derived))
+
+
+def _sizes(recurrence: Recurrence) -> list[tuple[str, str]]:
+    """Lists every dim with the C++ that gives its size; "" where the caller does."""
+    return [(d, "") for d in _dims(recurrence)] + [(d, _integer(e)) for d, e in recurrence.sizes]
+
+
+def _integer(e: Expr) -> str:
+    if e.op == "const":
+        return number(e.value)
+    if e.op == "size":
+        return f"z.size_{e.name}"
+    signs = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+    if e.op == "pow" and e.value == 2.0:
+        return f"({_integer(e.args[0])} * {_integer(e.args[0])})"
+    assert e.op in signs, f"no integer form of {e}"
+    return f"({_integer(e.args[0])} {signs[e.op]} {_integer(e.args[1])})"
+
+
+@dataclass(frozen=True)
+class PrintedPass:
+    """The text of one pass: what comes before its tokens, each tile's body, what comes after."""
+
+    reverse: bool
+    alone: str  # condition under which the last token has a tile of its own
+    before: list[str]
+    ahead: list[str]
+    body: list[str]
+    after: list[str]
+
+
+@dataclass(frozen=True)
+class PrintedDirection:
+    """The text of forward or backward."""
+
+    name: str
+    members: list[str]
+    built: list[str]
+    start: list[str]
+    passes: list[PrintedPass]
+    finish: list[str]
+
+
+def _literal(value: float) -> str:
+    if value in (float("inf"), float("-inf")):
+        return "splat(INFINITY)" if value > 0 else "splat(-INFINITY)"
+    return f"splat({value!r}f)" if "e" in repr(value) or "." in repr(value) else f"splat({value!r}.0f)"
+
+
+def _size(dim: str) -> str:
+    return f"z.size_{dim}" if dim else "1"
+
+
+def _pad(dim: str) -> str:
+    return f"z.pad_{dim}" if dim else "1"
+
+
+@dataclass
+class _Printer:
+    """The text of one direction as it grows."""
+
+    recurrence: Recurrence
+    program: Program
+    direction: str
+    names: dict[Expr, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    stored: set[Expr] = field(default_factory=set)
+    tile: str = "n"
+
+    def printed(self) -> PrintedDirection:
+        """Prints the whole direction."""
+        program = self.program
+        self.name_all()
+        self.stored = self.find_stored()
+        kept = set(program.kept)
+        members, built = [], []
+        for node in self.arrays():
+            dim = (node.dims or ("",))[0]
+            rows = "(z.T + 2 * TILE)" if node in kept else "TILE" if node.token else "1"
+            length = f"{rows} * {_pad(dim)}" if dim else ("TILE" if rows == "1" else rows)
+            members.append(f"float* {self.names[node]};  // {node}" if len(str(node)) < 90 else f"float* {self.names[node]};")
+            built.append(f"{self.names[node]} = a.floats({length});")
+        seen: set[str] = set()
+        for p in program.passes:
+            for s in p.steps:
+                if isinstance(s, Sweep) and s.label not in seen:
+                    seen.add(s.label)
+                    self.declare(s, members, built)
+        for name in self.sums():
+            dim = (self.sums()[name].dims or ("",))[0]
+            members.append(f"double* {name};")
+            built.append(f"{name} = a.doubles({_pad(dim)});")
+        start = [f"memset(w.{name}, 0, 8 * {_pad((e.dims or ('',))[0])});" for name, e in self.sums().items()]
+        start += [self.load_param(n) for n in program.params]
+        for step in program.once:
+            start += self.step(step, once=True)
+        passes = [self.one_pass(p) for p in program.passes]
+        return PrintedDirection(self.direction, members, built, start, passes, self.finish())
+
+    # ---- names and arrays
+
+    def fresh(self, wanted: str) -> str:
+        """Returns ``wanted`` with a trailing underscore, numbered where it is taken."""
+        name, i = f"{wanted}_", 1
+        while name in self.taken:
+            i += 1
+            name = f"{wanted}_{i}_"
+        self.taken.add(name)
+        return name
+
+    def name_all(self) -> None:
+        """Names every node: leaves as in the spec, readouts after their state, definitions by their name, the rest x."""
+        known = {e: n for n, e in self.recurrence.names}
+        every = [n for p in self.program.passes for n in p.loads] + list(self.program.params)
+        for step in [*self.program.once, *(s for p in self.program.passes for s in p.steps)]:
+            every += step.nodes if isinstance(step, Loop) else step.reads if isinstance(step, Sweep) else (step.node,)
+        for n in every:
+            if n in self.names:
+                continue
+            if n.op in ("input", "param"):
+                self.names[n] = self.fresh(n.name)
+            elif n.op == "readout":
+                self.names[n] = self.fresh(f"{n.name}_{n.attr('at')}")
+            else:
+                self.names[n] = self.fresh(known.get(n, "x"))
+
+    def steps(self) -> list[tuple[int, Step]]:
+        """Lists all steps with the pass they belong to; -1 is before the tokens."""
+        return [(-1, s) for s in self.program.once] + [(i, s) for i, p in enumerate(self.program.passes) for s in p.steps]
+
+    def find_stored(self) -> set[Expr]:
+        """Returns the nodes that need an array: used outside of the loop that computes them."""
+        out = {n for _, s in self.steps() if isinstance(s, Sweep) for r in s.reads for n in (r, *r.args)}
+        out |= {x for _, s in self.steps() if isinstance(s, Sweep) for x in (*s.decay, *(x for w in s.writes for x in w[:2]))}
+        out |= {e for _, e in self.program.sinks} | set(self.program.kept)
+        for _, s in self.steps():
+            if isinstance(s, Loop):
+                inner = set(s.nodes)
+                out |= {a for n in s.nodes for a in n.args if a not in inner} | {n for n in s.nodes if n.op in REDUCTIONS}
+            elif not isinstance(s, Sweep):
+                out |= {s.node, *s.node.args}
+        return {n for n in out if n.op not in ("const", "size", "scale")}
+
+    def arrays(self) -> list[Expr]:
+        """Lists the nodes with arrays in the order of their names' making."""
+        return [n for n in self.names if n in self.stored]
+
+    def declare(self, s: Sweep, members: list[str], built: list[str]) -> None:
+        """Declares the state of a sweep."""
+        if s.rows:
+            operands = max(
+                2 * len(t.writes) + len(t.reads) for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label
+            )
+            members.append(f"Matrix {s.label};  // rows {s.rows}, lanes {s.lanes}")
+            built.append(f"{s.label} = Matrix(a, {_size(s.rows)}, {_size(s.lanes)}, {operands});")
+        else:
+            members.append(f"Vector {s.label};")
+            built.append(f"{s.label} = Vector(a, {_size(s.lanes)}, {'false' if s.lanes else 'true'});")
+
+    def sums(self) -> dict[str, Expr]:
+        """Lists the running sums: of suffixes and of the gradients of params."""
+        out = {f"sum_{self.names[s.node]}": s.node for _, s in self.steps() if isinstance(s, Suffix)}
+        params = {t.name for t in self.recurrence.params}
+        if self.direction == "backward":
+            out |= {f"sum_d{n}_": e for n, e in self.program.sinks if n in params}
+        return out
+
+    def where(self, node: Expr) -> str:
+        """Prints the pointer to a node's array in this tile."""
+        dim = (node.dims or ("",))[0]
+        base = f"w.{self.names[node]}"
+        return f"({base} + t0 * {_pad(dim)})" if node in self.program.kept else base
+
+    def operand(self, node: Expr) -> str:
+        """Prints a node's array with its stride from token to token."""
+        return f"{{{self.where(node)}, {_pad((node.dims or ('',))[0]) if node.token else '0'}}}"
+
+    # ---- loading and storing
+
+    def load_param(self, node: Expr) -> str:
+        dim = (node.dims or ("",))[0]
+        if dim:
+            return f"load(w.{self.names[node]}, c.{node.name}_, 0, 0, h, 1, {_size(dim)}, {_pad(dim)});"
+        return f"load_number(w.{self.names[node]}, c.{node.name}_, h);"
+
+    def one_pass(self, p: Pass) -> PrintedPass:
+        """Prints a pass."""
+        before, after, body = [], [], []
+        sweeps = [s for s in p.steps if isinstance(s, Sweep)]
+        for s in sweeps:
+            if not s.whole:
+                before.append(self.load_state(s))
+        for s in self.program.ends:
+            if s in sweeps:
+                after.append(self.store_state(s))
+        for n in p.loads:
+            dim = (n.dims or ("",))[0]
+            body.append(f"load({self.where(n)}, c.{n.name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)});")
+        for step in p.steps:
+            body += self.step(step, closings=p.closings)
+        params = {t.name for t in self.recurrence.params}
+        outputs = []
+        for name, e in p.stores:
+            dim = (e.dims or ("",))[0]
+            if self.direction == "backward" and name in params:
+                body.append(f"gather(w.sum_d{name}_, {self.where(e)}, n, {_pad(dim)});")
+            else:
+                target = f"c.d{name}_" if self.direction == "backward" else f"c.{name}_"
+                outputs.append((target, dim))
+                body.append(f"store({target}, b, t0, h, {self.where(e)}, n, {_size(dim)}, {_pad(dim)});")
+        ahead = [f"ahead.add(c.{n.name}_, b, next, h, more, {_size((n.dims or ('',))[0])});" for n in p.loads]
+        ahead += [f"ahead.add({target}, b, next, h, more, {_size(dim)});" for target, dim in outputs]
+        closed = list(dict.fromkeys(s.state.name for _, s, _ in p.closings))
+        alone = " || ".join(f"c.d_final_{name}.given()" for name in closed)
+        return PrintedPass(p.reverse, alone, before, ahead, body, after)
+
+    def is_first(self, s: Sweep) -> str:
+        """Prints whether the rows of a sweep are its state's first dim."""
+        return "true" if s.rows == s.state.dims[0] else "false"
+
+    def load_state(self, s: Sweep) -> str:
+        name = s.state.name
+        given = f"c.d_final_{name[1:]}.own_state(b, h)" if self.is_adjoint(s) else f"c.initial_{name}.state(b, h)"
+        given = given if s.state.causal else "nullptr"
+        init = f"{s.state.init!r}f"
+        return f"w.{s.label}.load({given}, {init}, {self.is_first(s)});" if s.rows else f"w.{s.label}.load({given}, {init});"
+
+    def is_adjoint(self, s: Sweep) -> bool:
+        """Tells whether a sweep walks a state of the adjoint."""
+        return s.state.name not in {x.name for x in self.recurrence.states}
+
+    def store_state(self, s: Sweep) -> str:
+        if not s.state.causal:
+            return ""
+        target = f"c.d_initial_{s.state.name[1:]}" if self.direction == "backward" else f"c.final_{s.state.name}"
+        first = f", {self.is_first(s)}" if s.rows else ""
+        return f"if (float* to = {target}.own_state(b, h)) w.{s.label}.store(to{first});"
+
+    def finish(self) -> list[str]:
+        """Prints what comes after all passes: the gradients of params."""
+        if self.direction == "forward":
+            return []
+        params = {t.name for t in self.recurrence.params}
+        out = []
+        for name, e in self.program.sinks:
+            if name in params:
+                out.append(f"store_sum(c.d{name}_, b, h, w.sum_d{name}_, {_size((e.dims or ('',))[0])});")
+        return out
+
+    # ---- steps
+
+    def step(self, step: Step, once: bool = False, closings: tuple[tuple[Expr, Sweep, int], ...] = ()) -> list[str]:
+        """Prints one step."""
+        if isinstance(step, Loop):
+            return self.vector_loop(step, once) if step.dim else self.number_loop(step, once)
+        if isinstance(step, Sweep):
+            return self.sweep(step, closings)
+        if isinstance(step, Suffix):
+            n = step.node
+            pad = _pad((n.dims or ("",))[0])
+            x, y = (self.operand(a) for a in n.args)
+            return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, n, {pad}, t0 + n == z.T);"]
+        return self.resize(step, once)
+
+    def value(self, node: Expr, dim: str, inside: set[Expr], preamble: dict[str, str], body: list[str]) -> str:
+        """Prints an operand: a local, or loaded from its array first; numbers in a vector loop are splat before it."""
+        if node.op == "const":
+            return _literal(node.value)
+        if node.op == "size":
+            return f"splat((float){_size(node.name)})"
+        if node.op == "scale":
+            return "splat(z.scale)"
+        name = self.names[node]
+        if node in inside:
+            return name
+        inside.add(node)
+        if dim and not node.dims:
+            preamble[name] = f"const vf {name} = splat({self.where(node)}[{'i' if node.token else '0'}]);"
+        elif dim:
+            offset = f"i * {_pad(dim)} + lane" if node.token else "lane"
+            body.append(f"const vf {name} = at({self.where(node)} + {offset});")
+        else:
+            body.append(f"const vf {name} = at({self.where(node)}{' + i' if node.token else ''});")
+        return name
+
+    def formula(self, node: Expr, args: list[str]) -> str:
+        """Prints one element-wise node."""
+        if node.op == "expand":
+            return args[0]
+        if node.op == "pow":
+            form = _POWERS.get(node.value, f"lg_pow({{0}}, {node.value!r}f)")
+        elif node.op in FUNCTIONS:
+            form = FUNCTIONS[node.op].cpp
+            form = f"lg_true({form})" if node.op in _COMPARISONS else form
+        else:
+            raise AssertionError(f"no C++ form of {node.op!r} in {node}")
+        return form.format(*args)
+
+    def vector_loop(self, loop: Loop, once: bool) -> list[str]:
+        """Prints a loop over tokens and lanes; its reductions are numbers after it."""
+        dim, inside, preamble, body, ends = loop.dim, set[Expr](), dict[str, str](), list[str](), list[str]()
+        for n in loop.nodes:
+            args = [self.value(a, dim, inside, preamble, body) for a in n.args]
+            name = self.names[n]
+            if n.op in REDUCTIONS:
+                preamble[name] = f"vf {name} = {_START.get(n.op, 'vf{}')};"
+                left = f"{_size(dim)} - lane"
+                if n.op == "rowmax":
+                    body.append(f"{name} = lg_max({name}, keep_low({args[0]}, {left}));")
+                else:
+                    body.append(f"{name} += keep({' * '.join(args)}, {left});")
+                end = f"{'largest' if n.op == 'rowmax' else 'total'}({name})"
+                ends.append(f"put({self.where(n)}, splat({end}));" if once else f"{self.where(n)}[i] = {end};")
+                continue
+            body.append(f"const vf {name} = {self.formula(n, args)};")
+            inside.add(n)
+            if n in self.stored:
+                body.append(f"put({self.where(n)} + {'lane' if once else f'i * {_pad(dim)} + lane'}, {name});")
+        head = "for (long i = 0; i < 1; ++i) {" if once else "for (long i = 0; i < n; ++i) {"
+        lines = [head, *(f"  {p}" for p in preamble.values()), f"  for (long lane = 0; lane < {_pad(dim)}; lane += LANES) {{"]
+        return [*lines, *(f"    {b}" for b in body), "  }", *(f"  {e}" for e in ends), "}"]
+
+    def number_loop(self, loop: Loop, once: bool) -> list[str]:
+        """Prints a loop over tokens, one a lane."""
+        inside, body = set[Expr](), list[str]()
+        for n in loop.nodes:
+            args = [self.value(a, "", inside, {}, body) for a in n.args]
+            body.append(f"const vf {self.names[n]} = {self.formula(n, args)};")
+            inside.add(n)
+            if n in self.stored:
+                body.append(f"put({self.where(n)}{'' if once else ' + i'}, {self.names[n]});")
+        if once:
+            return ["{", *(f"  {b}" for b in body), "}"]
+        return ["for (long i = 0; i < n; i += LANES) {", *(f"  {b}" for b in body), "}"]
+
+    def resize(self, step: Resize, once: bool) -> list[str]:
+        """Prints a value whose lanes are not its operands'."""
+        n = step.node
+        dim = n.dims[0]
+        rows = [f"{self.where(a)}{f' + i * {_pad(a.dims[0])}' if a.token else ''}" for a in n.args]
+        to = f"{self.where(n)}{f' + i * {_pad(dim)}' if n.token else ''}"
+        sizes = [_size(a.dims[0]) for a in n.args]
+        if n.op == "concat":
+            call = f"concat({to}, {_pad(dim)}, {rows[0]}, {sizes[0]}, {rows[1]}, {sizes[1]});"
+        elif n.op == "part":
+            offset = "0" if n.attr("index") == "0" else sizes[1]
+            call = f"part({to}, {_pad(dim)}, {rows[0]} + {offset}, {_size(dim)});"
+        elif n.op == "rename":
+            call = f"part({to}, {_pad(dim)}, {rows[0]}, {_size(dim)});"
+        elif n.op in ("taylor2", "quad"):
+            call = f"{n.op}({to}, {_pad(dim)}, {_size(dim)}, {rows[0]}, {sizes[0]});"
+        else:
+            call = f"{n.op}({to}, {_pad(dim)}, {rows[0]}, {rows[1]}, {sizes[1]});"
+        return [f"for (long i = 0; i < {'1' if once else 'n'}; ++i) {call}"]
+
+    def sweep(self, s: Sweep, closings: tuple[tuple[Expr, Sweep, int], ...]) -> list[str]:
+        """Prints a sweep: its decay, writes and readouts, and the closings that it feeds."""
+        by_dims = {d.dims: d for d in s.decay}
+        row = (s.rows,) if s.rows else ("no row",)
+        lane = (s.lanes,) if s.lanes else ("no lane",)
+        decay = ", ".join(self.operand(by_dims[k]) if k in by_dims else "{}" for k in ((), row, lane))
+        reads = sorted(s.reads, key=lambda r: r.attr("at") in POST)
+        strict = sum(r.attr("at") not in POST for r in reads)
+        shape = f"<{len(s.writes)}, {strict}, {len(reads) - strict}>"
+        lines = [f"{{  // {s.state}" if len(str(s.state)) < 110 else "{", f"  const Decay decay{{{decay}}};"]
+        if s.writes:
+            lines.append("  const Written writes[] = {" + ", ".join(self.written(s, w) for w in s.writes) + "};")
+        if reads:
+            lines.append("  const Readout reads[] = {" + ", ".join(self.read(s, r) for r in reads) + "};")
+        for node, swept, index in closings:
+            if swept == s:
+                on = "NUMBER" if not node.dims else "ROW" if node.dims == row else "LANE"
+                name = s.state.name
+                first = f" {self.is_first(s)}," if s.rows else ""
+                assert s.decay[index].dims == node.dims, f"{node} closes another decay of {name}"
+                lines.append("  if (t0 + 1 == z.T)")
+                lines.append(f"    if (const float* d = c.d_final_{name}.own_state(b, h)) w.{s.label}.close(w.sum_{self.names[node]}, {on}, d,{first} decay, 0);")
+        operands = f"{'writes' if s.writes else 'nullptr'}, {'reads' if reads else 'nullptr'}"
+        way = "-1" if s.state.reverse else "1"
+        if s.rows:
+            lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead).tile(n, {way});")
+        else:
+            lines.append(f"  sweep{shape}(w.{s.label}, n, {way}, decay, {operands});")
+        return [*lines, "}"]
+
+    def written(self, s: Sweep, w: tuple[Expr, Expr, bool]) -> str:
+        before = "true" if s.state.reverse and w[2] else "false"
+        row = self.operand(w[0]) if s.rows else "{}"
+        return f"{{{row}, {self.operand(w[1])}, {before}}}"
+
+    def read(self, s: Sweep, r: Expr) -> str:
+        before = "true" if r.attr("at") in ("previous", "later", "since") else "false"
+        row = self.operand(r.args[0]) if s.rows else "{}"
+        return f"{{{row}, {self.where(r)}, {before}}}"

@@ -1,0 +1,411 @@
+"""The plan of one direction in C++: passes over the tokens, each a list of loops and sweeps over a tile of tokens.
+
+What it is: a Recurrence (or its Adjoint) put in the order of a token-by-token evaluation. A *sweep* walks one state through a tile:
+it writes the tile's rank-one terms and makes every readout that contracts one and the same dim; the dim that is left lies on the
+vector lanes. A *loop* computes token-wise values of one shape. A *pass* goes over all tokens, forward (even) or reverse (odd): what
+a later pass wants of an earlier one's readouts is kept per token (``kept``); the rest is computed again from the inputs.
+What it is not: no text and no sizes. Who makes it: ``plan_forward`` and ``plan_backward``; who reads it: emit/cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lagen.ir import expr as E
+from lagen.ir.expr import HEADS, ONE, Expr, walk
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
+from lagen.ir.scalar import FUNCTIONS
+from lagen.ir.variant import Tensor
+from lagen.passes.lower_rows import lower_rows
+
+REDUCTIONS = ("sum", "mean", "rowmax", "contract")
+RESIZES = ("concat", "part", "rename", "taylor2", "quad", "untaylor2", "unquad")
+LEAVES = ("input", "param", "const", "size", "scale")
+POST = ("now", "since")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Says why a variant runs through the torch evaluation on the CPU and not through generated C++."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One state's walk through a tile, for the readouts that contract ``rows``; ``lanes`` is the dim that they leave.
+
+    ``rows`` is "" for a vector state and a number, whose readouts all leave the state's own dim. Writes are (on rows, on lanes, decayed);
+    ``decay`` holds the factors exp(g).
+    """
+
+    state: State
+    rows: str
+    lanes: str
+    level: int
+    writes: tuple[tuple[Expr, Expr, bool], ...]
+    decay: tuple[Expr, ...]
+    reads: tuple[Expr, ...]
+    whole: bool = False  # not causal: this pass only reads what an earlier one gathered
+
+    @property
+    def label(self) -> str:
+        """Returns the name that tells this sweep from the others of its direction."""
+        return "_".join(x for x in (self.state.name, self.rows, str(self.level - self.whole) if self.level > 1 else "") if x) + "_"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Token-wise values of one shape, operands first; ``dim`` is "" for numbers. Reductions over ``dim`` belong to its loop."""
+
+    dim: str
+    nodes: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A value whose lanes are not its operands': concat, part, rename, taylor2, quad and their adjoints."""
+
+    node: Expr
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """A running sum from the last token on: the gradient of a log-decay."""
+
+    node: Expr
+
+
+Step = Loop | Sweep | Resize | Suffix
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All tokens, once. ``loads`` are the inputs it reads, ``stores`` the sinks it fills, ``closings`` the suffixes it closes."""
+
+    reverse: bool
+    loads: tuple[Expr, ...]
+    steps: tuple[Step, ...]
+    stores: tuple[tuple[str, Expr], ...]
+    closings: tuple[tuple[Expr, Sweep, int], ...]  # suffix, the sweep of a state it covers, which of the sweep's decays
+
+
+@dataclass(frozen=True)
+class Program:
+    """One direction. ``once`` is computed before the tokens; ``kept`` values have a row for every token."""
+
+    head: str
+    once: tuple[Step, ...]
+    params: tuple[Expr, ...]
+    passes: tuple[Pass, ...]
+    kept: tuple[Expr, ...]
+    sinks: tuple[tuple[str, Expr], ...]
+    ends: tuple[Sweep, ...]  # per state in order, the sweep whose end is the state's final value
+
+    def __str__(self) -> str:
+        lines = [f"program over {self.head or 'no head'}"]
+        for p in self.passes:
+            lines.append("  pass, tokens last to first" if p.reverse else "  pass")
+            for s in p.steps:
+                if isinstance(s, Sweep):
+                    lines.append(f"    sweep {s.label}: {len(s.writes)} writes, {len(s.reads)} reads over {s.rows or 'nothing'}, lanes {s.lanes or '1'}")
+                elif isinstance(s, Loop):
+                    lines.append(f"    loop over {s.dim or 'tokens'}: " + "; ".join(str(n) for n in s.nodes))
+                else:
+                    lines.append(f"    {s.node}")
+            lines.extend(f"    store {name}" for name, _ in p.stores)
+        return "\n".join(lines)
+
+
+def plan_forward(recurrence: Recurrence) -> Program | Fallback:
+    """Plans the forward of ``recurrence``."""
+    return _plan(recurrence, recurrence.states, recurrence.outputs, recurrence.states)
+
+
+def plan_backward(adjoint: Adjoint) -> Program | Fallback:
+    """Plans the backward of ``adjoint``: its sinks are the gradients."""
+    gradients = tuple((n, e) for n, e in adjoint.gradients if e != E.ZERO and not (e.op == "expand" and e.args[0] == E.ZERO))
+    by_name = {s.name: s for s in adjoint.states}
+    ends = tuple(by_name[f"d{s.name}"] for s in adjoint.recurrence.states)
+    return _plan(adjoint.recurrence, adjoint.recurrence.states + adjoint.states, gradients, ends)
+
+
+def _plan(recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]) -> Program | Fallback:
+    reason = _unfit(recurrence, states, [e for _, e in sinks])
+    return Fallback(reason) if reason else _Planner(recurrence, states, sinks, ends).program()
+
+
+def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr]) -> str:
+    """Returns what the fast form cannot carry, or nothing."""
+    by_name = {s.name: s for s in states}
+    known = {*FUNCTIONS, *LEAVES, *REDUCTIONS, *RESIZES, "pow", "expand", "softmax", "l2norm", "rmsnorm", "readout", "suffix"}
+    bodies = [x for s in states for x in (*s.decay, *(x for w in s.writes for x in (w.row, w.col)))]
+    for n in walk(*roots, *bodies):
+        if n.op not in known:
+            return f"'{n.op}' has no form in C++ yet"
+        if len(n.dims) > 1:
+            return f"{n} has two dims a token"
+    for s in states:
+        if any(len(g.dims) > 1 for g in s.decay):
+            return f"the decay of {s.name} is dense"
+        if any(not w.decayed for w in s.writes) and any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots)):
+            return f"{s.name} is read inclusively beside an undecayed write"
+    for n in walk(*roots, *bodies):
+        if n.op == "readout" and len(by_name[n.name].dims) > 1 and n.attr("dim") == "":
+            return f"{n} leaves both dims of {n.name}"
+    heads = {e.head for _, e in recurrence.outputs}
+    if len(heads) > 1:
+        return "outputs stand on different heads"
+    if max((t.head for t in recurrence.inputs + recurrence.params), key=HEADS.index) not in heads:
+        return "an input stands on a wider head than the outputs"
+    return ""
+
+
+class _Planner:
+    """What is known while one direction is planned."""
+
+    def __init__(
+        self, recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]
+    ) -> None:
+        self.sizes = dict(recurrence.sizes)
+        self.head = recurrence.outputs[0][1].head
+        self.states = {s.name: s for s in states}
+        self.lowered: dict[Expr, Expr] = {}
+        self.states = {s.name: self.lower_state(s) for s in states}
+        self.sinks = tuple((n, _row(self.lower(e), e.dims, token=True)) for n, e in sinks)
+        self.ends = tuple(s.name for s in ends)
+        self.levels: dict[Expr, int] = {}
+        self.pure: dict[Expr, bool] = {}
+        self.sweeps: dict[tuple[str, str, int], list[Expr]] = {}
+        self.made: dict[tuple[str, str, int], Sweep] = {}
+
+    # ---- lowering: row functions into sums, reads of vector states into the state itself
+
+    def lower(self, root: Expr) -> Expr:
+        """Rewrites ``root`` so that a vector state is read whole and its contraction is token-wise."""
+        if root not in self.lowered:
+            self.lowered[root] = E.rewrite(lower_rows(root), self._read)
+        return self.lowered[root]
+
+    def _read(self, n: Expr) -> Expr | None:
+        if n.op == "mean":
+            return E.div(E.reduce("sum", self.lower(n.args[0])), E.size(n.attr("dim")))
+        if n.op != "readout" or len(self.states[n.name].dims) > 1:
+            return None
+        state = replace(readout(self.states[n.name], ONE, "", n.attr("at")), head=self.states[n.name].head)
+        vector = self.lower(n.args[0])
+        return E.contract(vector, state) if n.attr("dim") else E.mul(vector, state)
+
+    def lower_state(self, s: State) -> State:
+        """Lowers the decays and the writes of a state; a vector state's write becomes one product."""
+        writes = tuple(Write(self.lower(w.row), self.lower(w.col), w.decayed) for w in s.writes)
+        if len(s.dims) < 2:
+            writes = tuple(Write(_row(E.mul(w.row, w.col), s.dims), ONE, w.decayed) for w in writes)
+        return replace(s, writes=writes, decay=tuple(E.call("exp", self.lower(g)) for g in s.decay))
+
+    # ---- levels: which pass can make a value
+
+    def level(self, node: Expr) -> int:
+        """Returns the first pass that can make ``node``; even passes go forward, odd ones in reverse."""
+        if node not in self.levels:
+            below = max((self.level(a) for a in node.args), default=0)
+            if node.op == "readout":
+                state = self.states[node.name]
+                gathered = self.body_level(state)
+                below = max(below, gathered + 1) if node.attr("at") == "all" else self.parity(max(below, gathered), state.reverse)
+            elif node.op == "suffix":
+                below = self.parity(below, True)
+            self.levels[node] = below
+        return self.levels[node]
+
+    @staticmethod
+    def parity(level: int, reverse: bool) -> int:
+        """Returns the first pass from ``level`` on that goes in the wanted direction."""
+        return level + (level % 2 != int(reverse))
+
+    def body_level(self, state: State) -> int:
+        """Returns the first pass that has the writes and decays of ``state``, in its direction."""
+        bodies = (*state.decay, *(x for w in state.writes for x in (w.row, w.col)))
+        least = max((self.level(x) for x in bodies), default=0)
+        return least if not state.causal else self.parity(least, state.reverse)
+
+    def is_pure(self, node: Expr) -> bool:
+        """Tells whether ``node`` comes from inputs and params alone, so that any pass may compute it again."""
+        if node not in self.pure:
+            self.pure[node] = node.op not in ("readout", "suffix") and all(self.is_pure(a) for a in node.args)
+        return self.pure[node]
+
+    # ---- sweeps
+
+    def everything(self) -> list[Expr]:
+        """Lists every node that the sinks and the ends of the states need, through the bodies of the states they read."""
+        seen: set[Expr] = set()
+        found: list[Expr] = []
+        waiting = [e for _, e in self.sinks]
+        names = list(self.ends)
+        done: set[str] = set()
+        while waiting or names:
+            while waiting:
+                for n in walk(waiting.pop()):
+                    if n not in seen:
+                        seen.add(n)
+                        found.append(n)
+                        if n.op == "readout":
+                            names.append(n.name)
+                        if n.op == "suffix":
+                            names.extend(n.attr("states").split())
+            while names:
+                name = names.pop()
+                if name not in done:
+                    done.add(name)
+                    s = self.states[name]
+                    waiting.extend((*s.decay, *(x for w in s.writes for x in (w.row, w.col))))
+        return found
+
+    def make_sweeps(self, nodes: list[Expr]) -> None:
+        """Groups the readouts by state, contracted dim and pass, and adds a sweep for a state that nothing reads."""
+        for n in nodes:
+            if n.op == "readout":
+                self.sweeps.setdefault((n.name, n.attr("dim"), self.level(n)), []).append(n)
+        covered = [s for n in nodes if n.op == "suffix" for s in n.attr("states").split()]
+        for name in (*self.ends, *covered):
+            if not any(key[0] == name for key in self.sweeps):
+                state = self.states[name]
+                self.sweeps[name, state.dims[0] if len(state.dims) > 1 else "", self.body_level(state)] = []
+        for (name, rows, level), reads in list(self.sweeps.items()):
+            state = self.states[name]
+            lanes = next((d for d in state.dims if d != rows), "")
+            swap = len(state.dims) > 1 and rows == state.dims[1]
+            writes = tuple((w.col, w.row, w.decayed) if swap else (w.row, w.col, w.decayed) for w in state.writes)
+            if len(state.dims) < 2:
+                writes = tuple((ONE, w.row, w.decayed) for w in state.writes)
+            whole = any(n.attr("at") == "all" for n in reads)
+            sweep = Sweep(state, rows, lanes, level, () if whole else writes, () if whole else state.decay, tuple(reads), whole)
+            self.made[name, rows, level] = sweep
+            if whole:
+                self.made[name, rows, level - 1] = replace(sweep, level=level - 1, writes=writes, reads=(), whole=False)
+
+    # ---- passes
+
+    def program(self) -> Program:
+        """Puts everything in order."""
+        nodes = self.everything()
+        self.make_sweeps(nodes)
+        ends = tuple(self.first_sweep(name) for name in self.ends)
+        closings = [
+            (n, self.first_sweep(name), next(i for i, d in enumerate(self.states[name].decay) if d.dims == n.dims))
+            for n in nodes
+            if n.op == "suffix"
+            for name in n.attr("states").split()
+        ]
+        top = max([self.level(e) for _, e in self.sinks] + [s.level for s in self.made.values()])
+        kept: dict[Expr, None] = {}
+        passes: list[Pass] = []
+        constants: dict[Expr, None] = {}
+        for level in range(top, -1, -1):
+            stores = tuple((name, e) for name, e in self.sinks if self.level(e) == level)
+            sweeps = [s for s in self.made.values() if s.level == level]
+            wanted = [e for _, e in stores] + [n for n in kept if self.level(n) == level]
+            wanted += [x for s in sweeps for x in (*s.decay, *(r.args[0] for r in s.reads), *(x for w in s.writes for x in w[:2]))]
+            needed, loads = self.needed(wanted, level, kept, constants)
+            if needed or sweeps or stores:
+                steps = schedule(needed, sweeps)
+                closed = tuple(c for c in closings if c[1].level == level)
+                passes.append(Pass(bool(level % 2), loads, steps, stores, closed))
+        once = [n for n in constants if n.op not in LEAVES]
+        params = tuple(n for n in constants if n.op == "param")
+        return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends)
+
+    def first_sweep(self, name: str) -> Sweep:
+        """Returns the earliest sweep of a state that writes."""
+        return min((s for s in self.made.values() if s.state.name == name and not s.whole), key=lambda s: (s.level, s.rows))
+
+    def needed(
+        self, wanted: list[Expr], level: int, kept: dict[Expr, None], constants: dict[Expr, None]
+    ) -> tuple[list[Expr], tuple[Expr, ...]]:
+        """Lists what pass ``level`` computes for ``wanted``; notes what it takes from earlier passes and what is not per token."""
+        order: dict[Expr, None] = {}
+        loads: dict[Expr, None] = {}
+
+        def visit(n: Expr) -> None:
+            if n in order or n in loads or n in constants:
+                return
+            if not n.token:
+                for a in n.args:
+                    visit(a)
+                constants[n] = None
+            elif n.op == "input":
+                loads[n] = None
+            elif self.level(n) < level and not self.is_pure(n):
+                kept[n] = None
+            else:
+                for a in n.args:
+                    visit(a)
+                order[n] = None
+
+        for n in wanted:
+            visit(n)
+        return list(order), tuple(sorted(loads, key=lambda n: n.name))
+
+
+def _row(x: Expr, dims: tuple[str, ...], token: bool = False) -> Expr:
+    """Gives a value that is to be stored an array of its own: a constant or a param is repeated."""
+    if x.dims == dims and x.op not in ("const", "size", "scale") and (x.token or not token):
+        return x
+    return Expr("expand", (x,), dims=dims, head=x.head, token=x.token or token)
+
+
+def home(node: Expr) -> str:
+    """Returns the dim of the loop that computes ``node``: a reduction belongs to its operand's."""
+    return node.attr("dim") if node.op in REDUCTIONS else (node.dims or ("",))[0]
+
+
+def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
+    """Orders the nodes of a pass (operands first in ``nodes``) into loops, joining as many as can stand in one."""
+    left = dict.fromkeys(n for n in nodes if n.op != "readout")
+    inside = set(nodes)
+    pending = list(sweeps)
+    steps: list[Step] = []
+
+    def ready(n: Expr, missing: set[Expr]) -> bool:
+        return not any(a in missing for a in n.args)
+
+    while left or pending:
+        missing = set(left) | {r for s in pending for r in s.reads if r in inside}
+        found = False
+        for dim in dict.fromkeys(["", *sorted(home(n) for n in left)]):
+            chosen: list[Expr] = []
+            blocked = set(missing)
+            for n in left:
+                if n.op in RESIZES or n.op == "suffix" or home(n) != dim or not ready(n, blocked):
+                    continue
+                chosen.append(n)
+                if n.op not in REDUCTIONS:
+                    blocked.discard(n)
+            if chosen:
+                steps.append(Loop(dim, tuple(chosen)))
+                for n in chosen:
+                    del left[n]
+                found = True
+                break
+        if found:
+            continue
+        for n in [n for n in left if n.op in (*RESIZES, "suffix") and ready(n, missing)]:
+            steps.append(Suffix(n) if n.op == "suffix" else Resize(n))
+            del left[n]
+            found = True
+        missing = set(left) | {r for s in pending for r in s.reads if r in inside}
+        for s in list(pending):
+            operands = [*s.decay, *(r.args[0] for r in s.reads), *(x for w in s.writes for x in w[:2])]
+            if not any(x in missing for x in operands):
+                steps.append(s)
+                pending.remove(s)
+                found = True
+        assert found, f"no order for {[str(n) for n in left]} and {[s.label for s in pending]}"
+    return tuple(steps)
+
+
+def outputs_of(recurrence: Recurrence) -> tuple[Tensor, ...]:
+    """Lists the outputs of ``recurrence`` as tensors."""
+    return tuple(Tensor(n, e.head, d, True) for (n, e), d in zip(recurrence.outputs, recurrence.output_dims, strict=True))

@@ -1,0 +1,294 @@
+"""Runs generated C++ on CPU tensors: compiled once with the user's compiler, cached, called through a plain C interface.
+
+Stands alone (torch, the standard library, filelock and platformdirs): it is copied into every built package as ``_cpp.py``.
+
+The shared object is found by the digest of its source, the flags, the compiler and the processor; twenty processes that start at
+once build it once. Where there is no compiler, one warning says so and the torch evaluation serves.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lagen.runtime.signature import Argument, OperatorSpec, measure
+
+Tensors = tuple[Tensor, ...]
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
+EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+NO_TENSOR = (0, 0, 0, 0, 0, 1)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Says why there is no shared object."""
+
+    reason: str
+
+
+# ---- building -------------------------------------------------------------------------------------------------------------------
+
+
+def compilers() -> list[str]:
+    """Returns the C++ compilers to try: $CXX alone where it is set, else g++, clang++ and c++ as far as they are there."""
+    named = os.environ.get("CXX")
+    found = [shutil.which(c) for c in ([named] if named else ["g++", "clang++", "c++"])]
+    return [c for c in found if c]
+
+
+def cache() -> Path:
+    """Returns the folder of the shared objects; LAGEN_CACHE_DIR names another than the user's cache."""
+    import platformdirs
+
+    return Path(os.environ.get("LAGEN_CACHE_DIR") or platformdirs.user_cache_dir("lagen")) / "cpp"
+
+
+def processor() -> str:
+    """Returns what -march=native depends on: the processor's model and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(told)))
+
+
+def build(source: str, name: str) -> Path | Missing:
+    """Returns the shared object of ``source``, compiled where the cache lacks it."""
+    from filelock import FileLock
+
+    found = compilers()
+    if not found:
+        named = os.environ.get("CXX")
+        return Missing(f"$CXX names {named}, which is not there" if named else "no C++ compiler (g++ or clang++) is on the PATH; set CXX")
+    told = ""
+    for compiler in found:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        for extra in EXTRAS:
+            flags = (*BASE, *extra)
+            key = hashlib.sha256("\0".join([source, *flags, compiler, version, processor()]).encode()).hexdigest()[:24]
+            path = cache() / f"{name}_{key}.so"
+            if path.is_file():
+                return path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                told = "" if path.is_file() else _compile(compiler, flags, source, path)
+            if not told:
+                return path
+    return Missing(f"{found[-1]} refuses the generated file: {told}")
+
+
+def _compile(compiler: str, flags: Sequence[str], source: str, path: Path) -> str:
+    """Compiles into ``path``, whole or not at all; returns the compiler's complaint, "" where it had none."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        text, made = Path(folder) / f"{path.stem}.cpp", Path(folder) / path.name
+        text.write_text(source, encoding="utf-8")
+        done = subprocess.run([compiler, *flags, "-o", str(made), str(text)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:400] or "no reason given")
+        os.replace(made, path)
+    return ""
+
+
+# ---- calling --------------------------------------------------------------------------------------------------------------------
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def threads() -> int:
+    """Returns how many threads a call takes: torch's number, but one in a forked child, where OpenMP's pool did not come along."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+class CppBackend:
+    """One variant's generated C++: forward, backward and step over tuples of tensors, as the operator calls them.
+
+    The shared object is built at the first call. ``fallback`` holds the torch functions that serve without a compiler.
+    """
+
+    def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...]) -> None:
+        self.spec, self.source, self.fallback = spec, source, fallback
+        self.loaded: ctypes.CDLL | Missing | None = None
+        self.heads = spec.outputs[0].head
+        self.dims = tuple(dict.fromkeys(d for a in spec.inputs + spec.params for d in a.dims if d not in dict(spec.sizes)))
+
+    def library(self) -> ctypes.CDLL | None:
+        """Returns the loaded shared object, built where needed; None, with one warning, where that cannot be."""
+        if self.loaded is None:
+            built = build(self.source, self.spec.name)
+            self.loaded = built if isinstance(built, Missing) else ctypes.CDLL(str(built))
+            if isinstance(self.loaded, Missing):
+                warnings.warn(f"{self.spec.name} runs as torch code on the CPU, many times slower: {self.loaded.reason}", stacklevel=2)
+        return None if isinstance(self.loaded, Missing) else self.loaded
+
+    def measure(self, inputs: Tensors, params: Tensors, lead: int) -> dict[str, int]:
+        """Reads the sizes of all dims off the tensors; ``lead`` counts the dims before the head."""
+        sizes: dict[str, int] = {}
+        for a, x in zip(self.spec.inputs, inputs, strict=True):
+            sizes.update(zip(a.shape(), x.shape[lead:], strict=True))
+        for a, x in zip(self.spec.params, params, strict=True):
+            sizes.update(zip(a.shape(), x.shape, strict=True))
+        sizes.setdefault("H", sizes.get("HV", 1))
+        sizes.setdefault("HV", sizes["H"])
+        sizes[""] = 1
+        for dim, formula in self.spec.sizes:
+            sizes[dim] = measure(formula, sizes)
+        return sizes
+
+    def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float) -> list[int]:
+        """Returns the words in front of a call: sizes, threads and scale."""
+        bits = struct.unpack("q", struct.pack("d", scale))[0]
+        return [batch, time, sizes[self.heads], threads(), bits, *(sizes[d] for d in self.dims)]
+
+    def run(self, name: str, words: Sequence[int]) -> None:
+        """Calls into the shared object; raises MemoryError where it lacks memory."""
+        packed = array.array("q", words)
+        library = self.library()
+        assert library is not None
+        if library[name](ctypes.c_void_p(packed.buffer_info()[0])):
+            raise MemoryError(f"{self.spec.name}: no memory for the scratch of {name}")
+
+    def forward(
+        self, inputs: Tensors, params: Tensors, scale: float, initial_states: Tensors | None, output_final_state: bool
+    ) -> tuple[Tensors, Tensors | None, Tensors]:
+        """Computes outputs and final states."""
+        first = inputs[0]
+        if first.device.type != "cpu" or self.library() is None:
+            return self.fallback[0](inputs, params, scale, initial_states, output_final_state)  # type: ignore[return-value]
+        spec, (batch, time) = self.spec, first.shape[:2]
+        sizes = self.measure(inputs, params, 2)
+        heads = sizes[self.heads]
+        held: list[Tensor] = []
+        words = self.head_words(sizes, batch, time, scale)
+        for a, x in zip(spec.inputs, inputs, strict=True):
+            words += _words(a, x, heads, sizes, 2, held)
+        for a, x in zip(spec.params, params, strict=True):
+            words += _words(a, x, heads, sizes, 0, held)
+        outputs = tuple(first.new_empty(batch, time, *(sizes[d] for d in o.shape())) for o in spec.outputs)
+        for a, x in zip(spec.outputs, outputs, strict=True):
+            words += _words(a, x, heads, sizes, 2, held)
+        finals = (
+            tuple(first.new_empty(batch, *(sizes[d] for d in s.shape()), dtype=torch.float32) for s in spec.states)
+            if output_final_state
+            else None
+        )
+        for i, a in enumerate(spec.states):
+            words += NO_TENSOR if initial_states is None else _words(a, initial_states[i].contiguous(), heads, sizes, 1, held)
+            words += NO_TENSOR if finals is None else _words(a, finals[i], heads, sizes, 1, held)
+        self.run("lagen_forward", words)
+        return outputs, finals, ()
+
+    def backward(
+        self,
+        inputs: Tensors,
+        params: Tensors,
+        scale: float,
+        initial_states: Tensors | None,
+        saved: Tensors,
+        outputs: Tensors,
+        final_states: Tensors | None,
+        d_outputs: Tensors,
+        d_final_states: Tensors | None,
+    ) -> tuple[Tensors, Tensors, Tensors | None]:
+        """Computes the gradients of inputs, params and initial states."""
+        first = inputs[0]
+        library = self.library() if first.device.type == "cpu" else None
+        if library is None:
+            return self.fallback[1](  # type: ignore[return-value]
+                inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states
+            )
+        spec, (batch, time) = self.spec, first.shape[:2]
+        sizes = self.measure(inputs, params, 2)
+        heads = sizes[self.heads]
+        held: list[Tensor] = []
+        absent = ctypes.c_int64.in_dll(library, "lagen_absent").value
+        words = self.head_words(sizes, batch, time, scale)
+        gradients: list[Tensor | None] = []
+        for i, (a, x) in enumerate(zip(spec.inputs + spec.params, inputs + params, strict=True)):
+            token = i < len(inputs)
+            words += _words(a, x, heads, sizes, 2 if token else 0, held)
+            if absent >> i & 1:
+                gradients.append(None)
+                words += NO_TENSOR
+                continue
+            lead = (batch, time) if token else (batch,)
+            shared = sizes[a.head] != heads or not token
+            shape = (*lead, *((heads,) if shared else (sizes[a.head],) if a.head else ()), *(sizes[d] for d in a.dims))
+            d = x.new_empty(shape, dtype=torch.float32 if shared else x.dtype)
+            gradients.append(d)
+            words += _words(a, d, heads, sizes, len(lead), held, wide=shared)
+        for a, x in zip(spec.outputs, d_outputs, strict=True):
+            words += _words(a, x, heads, sizes, 2, held)
+        d_initial: list[Tensor] = []
+        for i, a in enumerate(spec.states):
+            if initial_states is None:
+                words += (*NO_TENSOR, *NO_TENSOR)
+            else:
+                words += _words(a, initial_states[i].contiguous(), heads, sizes, 1, held)
+                d = first.new_empty((batch, heads, *(sizes[d] for d in a.dims)), dtype=torch.float32)
+                d_initial.append(d)
+                words += _words(a, d, heads, sizes, 1, held, wide=True)
+            words += NO_TENSOR if d_final_states is None else _words(a, d_final_states[i].contiguous(), heads, sizes, 1, held)
+        self.run("lagen_backward", words)
+        n = len(inputs)
+        d_inputs = tuple(_share(a, x, d, sizes, 2) for a, x, d in zip(spec.inputs, inputs, gradients[:n], strict=True))
+        d_params = tuple(
+            _share(a, x, d if d is None else d.sum(0), sizes, 0) for a, x, d in zip(spec.params, params, gradients[n:], strict=True)
+        )
+        if initial_states is None:
+            return d_inputs, d_params, None
+        return d_inputs, d_params, tuple(_share(a, x, d, sizes, 1) for a, x, d in zip(spec.states, initial_states, d_initial, strict=True))
+
+    def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
+        """Computes the outputs of one token and writes the states in place."""
+        raise NotImplementedError
+
+
+def _words(a: Argument, x: Tensor, heads: int, sizes: dict[str, int], lead: int, held: list[Tensor], wide: bool = False) -> Sequence[int]:
+    """Describes a tensor: address, dtype, strides of batch, time and head, heads of the loop that share one of its own.
+
+    ``lead`` counts the dims before the head (batch and time, batch, none); ``wide`` tells that it has a row for every head of the loop.
+    """
+    if a.dims and x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+    held.append(x)
+    strides = x.stride()
+    batch = strides[0] if lead else 0
+    time = strides[1] if lead == 2 else 0
+    own = heads if wide else sizes[a.head]
+    head = strides[lead] if wide or a.head else 0
+    return (x.data_ptr(), CODES[x.dtype], batch, time, head, heads // own if own else 1)
+
+
+def _share(a: Argument, x: Tensor, d: Tensor | None, sizes: dict[str, int], lead: int) -> Tensor:
+    """Sums a gradient over the heads that share one of ``x``'s, and gives it its dtype; None is zero."""
+    if d is None:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    if d.shape != x.shape:
+        own = sizes[a.head]
+        d = d.view(*d.shape[:lead], own, d.shape[lead] // own if own else 1, *d.shape[lead + 1 :]).sum(lead + 1)
+        d = d.view(x.shape)
+    return d.to(x.dtype)
