@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lagen.ir.variant import Variant
 
 FAILED, MISTAKEN = 1, 2
+STAGES = ["variant", "recurrence", "adjoint", "chunk", "plan", "source", "all"]
+"""What explain shows: lagen.explain.STAGES, which is too heavy to import for --help."""
 
 
 class Commands(click.Group):
@@ -174,14 +176,14 @@ def check(paths: list[Path], strict: bool, as_json: bool) -> None:
 
 @main.command()
 @_specs(many=False)
-@click.option("--stage", default="all", help="recurrence, adjoint, chunk, plan, source, or all.")
+@click.option("--stage", default="all", show_default=True, type=click.Choice(STAGES), help="What to show.")
 @click.option("--target", default="cuda:90", show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
 def explain(path: Path, stage: str, target: str, strict: bool) -> None:
     """Show what the compiler makes of SPEC, stage by stage, and why."""
     from lagen.explain import explain as describe
 
-    click.echo(describe(_read(path, strict)))
+    click.echo(describe(_read(path, strict), stage, target))
 
 
 @main.command("compile")

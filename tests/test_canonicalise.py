@@ -197,6 +197,53 @@ def test_a_state_spelled_out_is_read_as_now() -> None:
     assert [n.attr("at") for n in E.reads(r.outputs[0][1], "readout")] == ["now"]
 
 
+def decays(lines: str, define: str = "") -> tuple[list[str], tuple[str, ...]]:
+    recurrence = canonicalise(spelled(lines, define))
+    return [str(g.args[0]) for g in recurrence.states[0].decay], recurrence.proofs
+
+
+def test_decays_stand_apart_by_their_dims_and_say_why_they_are_safe() -> None:
+    logs, proofs = decays("S: exp(g) * (exp(gk) * (exp(gv) * S[t-1])) + outer(k, v)\no: q @ S[t]")
+    assert logs == ["g", "gk", "gv"]
+    assert proofs == tuple(f"S: {g} is in (-inf, 0] by {g} <= 0" for g in logs)
+
+
+def test_one_factor_of_a_decay_may_make_up_for_another() -> None:
+    logs, _ = decays("S: exp(softplus(c)) * (exp(gk - softplus(c)) * S[t-1]) + outer(k, v)\no: q @ S[t]")
+    assert logs == ["softplus(c) + (gk - softplus(c))"]
+
+
+def test_a_decay_of_one_is_none() -> None:
+    logs, proofs = decays("S: 2 * S[t-1] - S[t-1] + outer(k, v)\no: q @ S[t]")
+    assert (logs, proofs) == ([], ())
+
+
+def test_a_decay_from_two_terms() -> None:
+    variant = spelled("S: S[t-1] - sigmoid(gk) * S[t-1] + outer(k, v)\no: q @ S[t]")
+    recurrence = canonicalise(variant)
+    assert [str(g.args[0]) for g in recurrence.states[0].decay] == ["logsigmoid(-gk)"]
+    agree(variant, recurrence)
+
+
+def test_a_reset_chooses_between_decay_and_nothing() -> None:
+    variant = spelled("S: where(c > 0, outer(k, v), exp(gk) * S[t-1] + outer(k2, v2))\no: q @ S[t]")
+    inputs, params = random_tensors(variant, 3, SIZES)
+    recurrence = canonicalise(variant)
+    wanted, got = (oracle(x, inputs, params, 0.7) for x in (variant, respelled(variant, recurrence)))
+    torch.testing.assert_close(got[0][0], wanted[0][0], rtol=1e-11, atol=1e-11)
+
+
+def test_the_sum_of_a_vector_state_is_a_read_by_ones() -> None:
+    variant = spelled("z: exp(gk) * z[t-1] + k\no: q * sum(z[t]) + mean(u * z[t-1]) * k")
+    agree(variant, canonicalise(variant))
+
+
+def test_a_matrix_of_params_passes_a_contraction() -> None:
+    source = HEADER.format(name="spelled").replace("  d: [HV, V]\n", "  d: [HV, V]\n  W: [HV, K, V]\n")
+    variant = read_text(source + "  S: exp(g) * S[t-1] + outer(k, v)\n  o: q @ (S[t] + W * outer(u * k, v)) + used\n")
+    agree(variant, canonicalise(variant))
+
+
 REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
     "square": ("S: S[t-1] * S[t-1] + outer(k, v)\no: q @ S[t]", "nonlinear-state", "S[t-1] * S[t-1]", Refused),
     "exp": ("S: exp(S[t-1]) + outer(k, v)\no: q @ S[t]", "nonlinear-state", "exp(S[t-1])", Refused),
@@ -207,6 +254,11 @@ REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
     "free vector": ("z: exp(gk) * z[t-1] + k\no: z[t] * q", "not-yet", "z[t]", NotYet),
     "matrix through tanh": ("S: exp(g) * S[t-1] + outer(k, v)\no: q @ tanh(S[t])", "matrix-read", "tanh(S[t])", Refused),
     "stages": ("A: exp(g) * A[t-1] + outer(k, v)\nS: S[t-1] + outer(k, q @ A[t])\no: q @ S[t]", "not-yet", "q @ A[t]", NotYet),
+    "growth": ("S: exp(c) * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "add `- c <= 0` to assume", Refused),
+    "no past at the end": ("S: S[t-1] - S[t-1] + outer(k, v)\no: q @ S[t]", "no-past", "S", Refused),
+    "negative decay": ("S: outer(k, v) - S[t-1]\no: q @ S[t]", "decay-grows", "S", Refused),
+    "unproved complement": ("S: S[t-1] - c * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "1 - c", Refused),
+    "no past": ("S: 0 * S[t-1] + outer(k, v)\no: q @ S[t]", "no-past", "S", Refused),
     "peak": ("m: max(m[t-1] + g, c)\no: m[t] * q", "not-yet", "m", NotYet),
 }
 

@@ -7,6 +7,7 @@ output is lowered to a token-wise expression over readouts. A legal line of a la
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from lagen.ir import expr as E
 from lagen.ir.bounds import Proof, facts_of, log_of, prove_nonpositive
@@ -14,7 +15,7 @@ from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import Recurrence, State, Write
 from lagen.ir.variant import OutputLine, StateLine, Variant
 from lagen.passes.linear_form import Flat, Lines, Term, flat, product, split_scalar
-from lagen.passes.normal_form import Algebra, Polynomial
+from lagen.passes.normal_form import UNIT, Algebra, Polynomial
 
 
 def canonicalise(variant: Variant) -> Recurrence:
@@ -92,7 +93,7 @@ def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr,
     """
     if not past:
         if lines.variant.causal:
-            lines.refuse("no-past", f"state {line.name} forgets its past whole", f"write {line.name}[t-1] into its line, or causal: false")
+            _forgets(lines, line)
         return (), ((), ()), ()
     up, down = _coefficient(lines, line, past)
     factors: dict[tuple[str, ...], Expr] = {}
@@ -120,6 +121,11 @@ def _proof(lines: Lines, log: Expr) -> Proof:
     return prove_nonpositive(log, facts_of(lines.variant), {e: n for n, e in lines.variant.names})
 
 
+def _forgets(lines: Lines, line: StateLine) -> NoReturn:
+    help = f"write {line.name}[t-1] into its line, or causal: false; a reset is where(condition, 0, 1) * {line.name}[t-1]"
+    lines.refuse("no-past", f"the state {line.name} forgets its past at every token", help)
+
+
 def _coefficient(lines: Lines, line: StateLine, past: list[Term]) -> Flat:
     """Returns the coefficient of the past as factors over divisors, flattened."""
     flats = []
@@ -142,7 +148,10 @@ def _coefficient(lines: Lines, line: StateLine, past: list[Term]) -> Flat:
         lines.not_yet(
             "dense-decay", f"the decay in '{terms}' is on both dims of {line.name} and is not a product of one factor a dim", past[-1]
         )
-    up, down = flat(total)
+    known = lines.algebra.of(total)
+    if not known:
+        _forgets(lines, line)
+    up, down = ((), ()) if known == UNIT else flat(total)
     return (*common[0], *up), (*common[1], *down)
 
 
