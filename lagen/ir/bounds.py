@@ -27,7 +27,7 @@ CORNERS = 6
 """Most atoms whose corners are tried together: 2 ** 6 evaluations."""
 MAX_WORK = 20_000
 """Terms evaluated at corners, all expressions together."""
-MAX_FACTS = 24
+MAX_FACTS = 12
 """Assumptions between two values that are tried; further ones are left out, which only weakens bounds."""
 SLACK = 1e-12
 """What rounding may add to a bound. A log-decay above 0 by this little is clamped to 0 by every kernel."""
@@ -299,7 +299,7 @@ class Bounds:
             if total == INF or total != total:
                 total = INF
                 break
-        if depth == 3:
+        if depth == 2:
             return total, why
         for i, (fact, text) in enumerate(self._facts):
             if i in taken:

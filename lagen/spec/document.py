@@ -23,6 +23,11 @@ from lagen.spec.mistakes import Report, SpecErrors
 MAX_BYTES = 64 * 1024
 """A spec is a page; the pure Python YAML scanner reads this much in well under a second."""
 MAX_DEPTH = 4
+MAX_ITEMS = 100
+
+
+_NESTED = re.compile(r"(?:[\[{]\s*){8}")
+"""What would keep the scanner busy long before the depth is known."""
 
 
 class Source:
@@ -44,11 +49,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A scalar's text, aligned with the file (line ends are spaces); ``start`` is its index in the file."""
+    """A scalar's text, aligned with the file (line ends are spaces); ``start`` is its index in the file. ``refused`` tells that it was
+    an alias or had a tag, which has been reported."""
 
     text: str
     start: int
     span: Span
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class _Builder:
         span = self.source.span(event.start_mark.index, max(event.end_mark.index, event.start_mark.index + 1))
         if isinstance(event, AliasEvent):
             self.report.add("anchor", span, f"'*{event.anchor}' is a YAML alias", "write the value out; use define for a shared expression")
-            return Scalar("", event.start_mark.index, span)
+            return Scalar("", event.start_mark.index, span, refused=True)
         assert isinstance(event, NodeEvent), event
         if event.anchor is not None:
             self.report.add("anchor", span, f"'&{event.anchor}' is a YAML anchor", "remove it; use define for a shared expression")
@@ -108,21 +115,28 @@ class _Builder:
         if tag is not None:
             self.report.add("tag", span, f"'{tag}' is a YAML tag", "remove it: a spec is plain data")
         if isinstance(event, ScalarEvent):
+            if event.anchor is not None or tag is not None:
+                return Scalar("", event.start_mark.index, span, refused=True)
             return _scalar(event, self.source, self.report)
         if depth >= MAX_DEPTH:
             self.report.add("nested-too-deep", span, "this nests deeper than any part of a spec", "see `lagen new` for the shape of a spec")
             raise SpecErrors(self.report.mistakes, self.source.text, self.source.path)
         if isinstance(event, SequenceStartEvent):
-            items = tuple(self.value(e, depth + 1) for e in self.until("SequenceEndEvent"))
-            return Sequence(items, span)
+            return Sequence(tuple(self.value(e, depth + 1) for e in self.until("SequenceEndEvent")), span)
         assert isinstance(event, MappingStartEvent), event
         return self.mapping(event, depth, span)
 
     def until(self, end: str) -> Iterator[Event]:
+        items = 0
         for event in self.events:
             if type(event).__name__ == end:
                 return
             yield event
+            items += 1
+            if items > MAX_ITEMS:
+                span = self.source.span(event.start_mark.index, event.end_mark.index)
+                self.report.add("too-long", span, f"more than {MAX_ITEMS} entries in one list", "is this a spec?")
+                raise SpecErrors(self.report.mistakes, self.source.text, self.source.path)
 
     def mapping(self, event: MappingStartEvent, depth: int, span: Span) -> Mapping:
         items: dict[str, tuple[Scalar, Value]] = {}
@@ -141,9 +155,9 @@ class _Builder:
 
 def compose(source: Source, report: Report) -> Mapping | None:
     """Composes the file's one mapping; what is wrong goes to the report. Raises SpecErrors where reading cannot go on."""
-    if len(source.text) > MAX_BYTES:
-        kib = len(source.text) // 1024
-        report.add("file-too-large", Span(1, 1), f"the file has {kib} KiB; a spec has at most {MAX_BYTES // 1024}", "is this a spec?")
+    nested = _NESTED.search(source.text)
+    if nested is not None:
+        report.add("nested-too-deep", source.span(*nested.span()), "this nests deeper than any part of a spec", "remove the brackets")
         return None
     try:
         root = None

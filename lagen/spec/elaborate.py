@@ -19,10 +19,14 @@ from lagen.spec.mistakes import Report
 from lagen.spec.syntax import Formula, Node
 from lagen.spec.vocabulary import ELEMENTWISE, INSTEAD, KNOWN, OUT_OF_REACH, PRODUCTS, RESIZES, ROWS
 
+SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "neg": "-", "pow": "**", "rowmax": "max", "contract": "@"}
+SIGNS |= {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+"""How operations are spelled, where that is not their name."""
+
 MAX_SIZE = 20_000
 """Nodes of one value, written out."""
 MAX_LEVELS = 150
-MAX_STEPS = 200_000
+MAX_STEPS = 20_000
 """Nodes visited for one file."""
 
 
@@ -64,6 +68,13 @@ class Scope:
     put_in: dict[str, Expr | None] = field(default_factory=dict)  # abbreviations already typed
     extents: dict[Expr, tuple[int, int]] = field(default_factory=dict)
     steps: int = 0
+
+    def exhausted(self, span: Span) -> bool:
+        """Counts one step of work; tells whether it is too much for one file, and says so once."""
+        self.steps += 1
+        if self.steps == MAX_STEPS:
+            self.report.add("too-long", span, "names and functions stand for too much here", "name under define what they share")
+        return self.steps >= MAX_STEPS
 
     def extent(self, e: Expr) -> tuple[int, int]:
         """Returns how many nodes a value has when written out, and how many levels."""
@@ -158,7 +169,12 @@ class Elaboration:
         try:
             e = folded(make())
         except ExprTypeError as error:
-            self.refuse("dims", node.span, str(error))
+            message, _, help = str(error).partition("; ")
+            if help.startswith("{"):  # both halves say what is wrong
+                message, help = f"{message}: {help}", ""
+            for op, sign in SIGNS.items():
+                message = message.replace(f"'{op}'", f"'{sign}'")
+            self.refuse("dims", node.span, message, help)
             return None
         size, levels = self.scope.extent(e)
         if size > MAX_SIZE or levels > MAX_LEVELS:
@@ -207,10 +223,7 @@ class Elaboration:
 
     def typed(self, node: Node) -> Expr | None:
         """Types one node."""
-        self.scope.steps += 1
-        if self.scope.steps >= MAX_STEPS:
-            if self.scope.steps == MAX_STEPS:
-                self.refuse("too-long", node.span, "functions call each other too often", "name what they share under define")
+        if self.scope.exhausted(self.call_span or node.span):
             return None
         if node.kind == "number":
             return E.const(node.value)
@@ -289,6 +302,8 @@ class Elaboration:
             return "arguments", node.span, f"'{name}' is a function", f"write {name}(...)"
         if name in scope.later:
             return "undefined", node.span, f"'{name}' is defined further down", "move its line above this one"
+        if len(scope.report.mistakes) > 20:
+            return "undefined", node.span, f"nothing is called '{name}'", ""
         words = [*scope.tensors, *scope.names, *scope.functions, *scope.abbreviations, *scope.dims, *self.variables, *KNOWN]
         near = difflib.get_close_matches(name, words, 1, 0.75)
         help = f"did you mean {near[0]}?" if near else "declare it under inputs or params, or name it under define"

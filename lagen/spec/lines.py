@@ -37,13 +37,16 @@ def nodes(node: Node) -> Iterator[Node]:
         yield from nodes(a)
 
 
-def terms(node: Node, abbreviations: dict[str, Formula]) -> Iterator[Node]:
-    """Yields the terms of a sum, abbreviations put in."""
+def terms(node: Node, abbreviations: dict[str, Formula], seen: set[str] | None = None) -> Iterator[Node]:
+    """Yields the terms of a sum, every abbreviation put in once."""
+    seen = set() if seen is None else seen
     if node.kind == "negate" or (node.kind == "binary" and node.text in "+-"):
         for a in node.args:
-            yield from terms(a, abbreviations)
+            yield from terms(a, abbreviations, seen)
     elif node.kind == "name" and node.text in abbreviations:
-        yield from terms(abbreviations[node.text].body, abbreviations)
+        if node.text not in seen:
+            seen.add(node.text)
+            yield from terms(abbreviations[node.text].body, abbreviations, seen)
     else:
         yield node
 
@@ -57,6 +60,7 @@ class Order:
         self.broken: set[str] = set()
         self._check_abbreviations()
         self._reads: dict[str, dict[tuple[str, float], Node]] = {}
+        self._closed: dict[str, set[str]] = {}
         if causal:
             self.states = [x for x in lines if not x.abbreviates and (x.name, -1.0) in self.reads(x)]
         else:
@@ -64,10 +68,9 @@ class Order:
             self.states = [x for x in lines if not x.abbreviates and x.name in read]
         names = {x.name for x in self.states}
         self.outputs = [x for x in lines if not x.abbreviates and x.name not in names]
-        for line in lines:
-            for node in nodes(line.formula.body):
-                if node.kind == "index":
-                    self._check_index(node, line, names)
+        indices = [(node, line) for line in lines for node in nodes(line.formula.body) if node.kind == "index"]
+        for node, line in sorted(indices, key=lambda x: x[0].text != x[1].name):  # a line that misreads itself says so first
+            self._check_index(node, line, names)
         for line in self.states:
             self._check_stage(line, names)
 
@@ -91,6 +94,9 @@ class Order:
             for node in nodes(line.formula.body):
                 if node.kind != "name" or node.text not in self.by_name:
                     continue
+                if node.text == line.name and not line.abbreviates:
+                    self.refuse(line, "circle", node, f"'{line.name}' is what this line defines", f"write {line.name}[t-1] for its past")
+                    continue
                 other = self.by_name[node.text]
                 if other.abbreviates and other.at >= line.at:
                     what = "reads itself" if other is line else f"is read above its line {other.span.line}"
@@ -112,6 +118,8 @@ class Order:
         if name in self.by_name and self.by_name[name].abbreviates:
             help = f"write {name}, or give the state a name"
             self.refuse(line, "abbreviation", node, f"'{name}' is put in where it is used and has no past", help)
+        elif name in self.broken and name != line.name:
+            self.broken.add(line.name)  # reported at the line that it reads
         elif name in self.by_name:
             own = name == line.name
             message = f"'{name}' does not read its own past, so it is an output" + ("" if own else ", which no line reads")
@@ -127,7 +135,7 @@ class Order:
         for (name, _), node in self.reads(line).items():
             if name == line.name or name not in states:
                 continue
-            if self._reaches(name, line.name, states):
+            if line.name in self._below(name, states):
                 self.refuse(
                     line,
                     "circle",
@@ -135,20 +143,23 @@ class Order:
                     f"states '{line.name}' and '{name}' write each other",
                     "out of reach (momentum delta rule, Titans): states form stages, each reading those above it",
                 )
-            elif self.by_name[name].at > line.at and node.value:
+                return
+            if self.by_name[name].at > line.at and node.value:
                 message = f"a state reads states above it; '{name}' is on line {self.by_name[name].span.line}"
                 self.refuse(line, "stage-order", node, message, f"move the line of {name} up")
 
-    def _reaches(self, start: str, goal: str, states: set[str]) -> bool:
-        seen, stack = {start}, [start]
-        while stack:
-            for name, _ in self.reads(self.by_name[stack.pop()]):
-                if name == goal:
-                    return True
-                if name in states and name not in seen:
-                    seen.add(name)
-                    stack.append(name)
-        return False
+    def _below(self, start: str, states: set[str]) -> set[str]:
+        """Returns the states that a state reads, directly or through others."""
+        if start not in self._closed:
+            seen: set[str] = set()
+            stack = [start]
+            while stack:
+                for name, _ in self.reads(self.by_name[stack.pop()]):
+                    if name in states and name not in seen:
+                        seen.add(name)
+                        stack.append(name)
+            self._closed[start] = seen
+        return self._closed[start]
 
     def refuse(self, line: Line, code: str, node: Node, message: str, help: str) -> None:
         self.report.add(code, node.span, message, help)

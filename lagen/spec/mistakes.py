@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from lagen.ir.variant import Span, Variant
 
+MAX_MISTAKES = 200
+MAX_SHOWN = 100
+
 CODES: dict[str, str] = {
     # the file
     "file-too-large": "a spec is a page of text",
@@ -113,7 +116,9 @@ class SpecErrors(Exception):
         super().__init__(path)
 
     def __str__(self) -> str:
-        return "\n\n".join(m.render(self.source, self.path) for m in self.mistakes)
+        shown = [m.render(self.source, self.path) for m in self.mistakes[:MAX_SHOWN]]
+        more = len(self.mistakes) - len(shown)
+        return "\n\n".join([*shown, f"{self.path}: and {more} more mistakes"] if more else shown)
 
     def __reduce__(self) -> tuple[type[SpecErrors], tuple[tuple[Mistake, ...], str, str]]:
         return SpecErrors, (self.mistakes, self.source, self.path)
@@ -124,6 +129,10 @@ class SpecErrors(Exception):
         return SpecErrors(mistakes, variant.source, variant.path)
 
 
+class TooMany(Exception):
+    """Ends the reading of a file that has MAX_MISTAKES mistakes."""
+
+
 @dataclass
 class Report:
     """The mistakes found so far in one file."""
@@ -131,5 +140,7 @@ class Report:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def add(self, code: str, span: Span, message: str, help: str = "") -> None:
-        """Adds a mistake."""
+        """Adds a mistake; raises TooMany where it is one too many."""
+        if len(self.mistakes) >= MAX_MISTAKES:
+            raise TooMany
         self.mistakes.append(Mistake(code, span, message, help))

@@ -16,7 +16,7 @@ from lagen.spec.document import MAX_BYTES, Mapping, Scalar, Sequence, Source, Va
 from lagen.spec.elaborate import Elaboration, Function, Scope, StateType, unnamed
 from lagen.spec.lines import Line, Order, nodes, terms
 from lagen.spec.lint import lint
-from lagen.spec.mistakes import Mistake, Report, SpecErrors
+from lagen.spec.mistakes import Mistake, Report, SpecErrors, TooMany
 from lagen.spec.rules import Rules, is_peak
 from lagen.spec.shapes import layout, least
 from lagen.spec.syntax import Formula, is_name, parse
@@ -42,6 +42,13 @@ class Reading:
 
     def declare(self, name: str, span: Span, what: str) -> bool:
         """Declares a name; returns whether it is a name, new, and free."""
+        if not self._free(name, span, what):
+            self.scope.names.setdefault(name, None)  # what reads it says nothing new
+            return False
+        self.spans[name] = span
+        return True
+
+    def _free(self, name: str, span: Span, what: str) -> bool:
         if not is_name(name):
             self.report.add("name", span, f"'{name}' is not a name", "write letters, digits and underscores, a letter first")
             return False
@@ -53,7 +60,6 @@ class Reading:
             first = self.spans[name].line
             self.report.add("twice", span, f"'{name}' is defined twice; first on line {first}", "choose another name")
             return False
-        self.spans[name] = span
         return True
 
     def section(self, key: str) -> Value | None:
@@ -97,8 +103,9 @@ def _word(reading: Reading, key: str, default: str) -> str:
 
 def _read_name(reading: Reading) -> str:
     name = _word(reading, "name", "")
-    if "name" in reading.sections:
-        span = reading.sections["name"][1].span
+    value = reading.section("name")
+    if isinstance(value, Scalar) and not value.refused:
+        span = value.span
         if not is_name(name) or name.startswith("_"):
             reading.report.add("name", span, f"'{name}' is not the name of an operator", "write a Python identifier, such as my_variant")
         elif reserved(name) in ("a keyword", "a keyword of C++"):
@@ -108,7 +115,7 @@ def _read_name(reading: Reading) -> str:
 
 def _read_causal(reading: Reading) -> bool:
     text = _word(reading, "causal", "true")
-    if text not in ("true", "false"):
+    if text not in ("true", "false", ""):
         reading.report.add("value", reading.sections["causal"][1].span, f"causal is true or false, not '{text}'", "write `causal: false`")
     return text != "false"
 
@@ -147,12 +154,13 @@ def _read_chunk(reading: Reading) -> tuple[tuple[int, ...], int]:
     return sizes, default
 
 
-def _read_dims(key: Scalar, value: Value, reading: Reading) -> tuple[str, tuple[str, ...]]:
-    """Reads ``[H, K]`` as a head dim and further dims."""
+def _read_dims(key: Scalar, value: Value, reading: Reading) -> tuple[str, tuple[str, ...]] | None:
+    """Reads ``[H, K]`` as a head dim and further dims; None where it is not that."""
     report = reading.report
+    before = len(report.mistakes)
     if not isinstance(value, Sequence):
         report.add("shape", value.span, f"the dims of '{key.text}' are a list", f"write `{key.text}: [H, K]`; `[]` for one number a token")
-        return "", ()
+        return None
     head = ""
     dims: list[str] = []
     for i, item in enumerate(value.items):
@@ -173,7 +181,7 @@ def _read_dims(key: Scalar, value: Value, reading: Reading) -> tuple[str, tuple[
             dims.append(name)
     if len(dims) > 2:
         report.add("dim", value.span, f"'{key.text}' has {len(dims)} dims besides the head's", "a tensor has at most two")
-    return head, tuple(dims[:2])
+    return (head, tuple(dims)) if len(report.mistakes) == before else None
 
 
 def _read_tensors(reading: Reading) -> None:
@@ -181,8 +189,11 @@ def _read_tensors(reading: Reading) -> None:
     for section, token in (("inputs", True), ("params", False)):
         mapping = reading.mapping(section)
         for key, value in mapping.items if mapping is not None else ():
-            head, dims = _read_dims(key, value, reading)
-            found.append((key, head, dims, token))
+            shape = _read_dims(key, value, reading)
+            if shape is not None:
+                found.append((key, *shape, token))
+            else:
+                reading.scope.names[key.text] = None  # what reads it says nothing new
     reading.scope.dims |= {d for _, head, dims, _ in found for d in ((head,) if head else ()) + dims}
     for key, head, dims, token in found:
         if reading.declare(key.text, key.span, "the input" if token else "the param"):
@@ -209,7 +220,7 @@ def _formulas(section: str, reading: Reading) -> list[tuple[Scalar, Formula | No
             reading.report.add("flow-style", value.span, f"'{key.text}' holds a YAML list or mapping, not an expression", help)
             out.append((key, None))
             continue
-        formula = parse(value, reading.source, reading.report)
+        formula = parse(value, reading.source, reading.report, key.span)
         if formula is not None and formula.makes:
             taken = "a head dim" if formula.makes in HEAD_DIMS else reserved(formula.makes)
             if not taken and formula.makes in reading.spans:
@@ -299,7 +310,7 @@ def _read_assumptions(reading: Reading) -> None:
         if not isinstance(item, Scalar):
             reading.report.add("assumption", item.span, "an assumption is one comparison", "write `- g <= 0`")
             continue
-        formula = parse(item, reading.source, reading.report)
+        formula = parse(item, reading.source, reading.report, item.span)
         if formula is None or not _without_states(formula, reading):
             continue
         node = formula.body
@@ -438,6 +449,7 @@ def _read_recurrence(reading: Reading, parsed: list[tuple[Scalar, Formula | None
         scope.names.update(dict.fromkeys(lost))
         lines = [x for x in lines if not any(n.text in lost for n in nodes(x.formula.body))]
     order = Order(lines, causal, scope, report)
+    scope.names.update((x.name, None) for x in lines if x.abbreviates and x.name in order.broken)
     scope.states = {x.name: StateType(x.name, x.at) for x in order.states}
     scope.outputs = {x.name for x in order.outputs}
     scope.later = set()
@@ -483,12 +495,22 @@ def _check_used(reading: Reading, typed: Typed) -> None:
 
 def read_places(text: str, path: str = "<spec>") -> tuple[Variant, dict[str, dict[Expr, Span]]]:
     """Reads a spec's text to a Variant, and by line the place of every term ("" for the terms of define); raises SpecErrors."""
+    if len(text) > MAX_BYTES:
+        message = f"the file has more than {MAX_BYTES // 1024} KiB"
+        raise SpecErrors([Mistake("file-too-large", Span(1, 1), message, "a spec is a page of text")], text[:200], path)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     report = Report()
     source = Source(text, path)
     root = compose(source, report)
     if root is None:
-        raise SpecErrors(report.mistakes, source.text[: 2 * MAX_BYTES], path)
+        raise SpecErrors(report.mistakes, source.text, path)
+    try:
+        return _read_root(root, source, report)
+    except TooMany:
+        raise SpecErrors(report.mistakes, source.text, path) from None
+
+
+def _read_root(root: Mapping, source: Source, report: Report) -> tuple[Variant, dict[str, dict[Expr, Span]]]:
     reading = Reading(source, report, Scope(report))
     _read_sections(root, reading)
     name, doc, causal = _read_name(reading), _word(reading, "doc", ""), _read_causal(reading)
@@ -502,7 +524,7 @@ def read_places(text: str, path: str = "<spec>") -> tuple[Variant, dict[str, dic
     if not report.mistakes:
         _check_used(reading, typed)
     if report.mistakes:
-        raise SpecErrors(report.mistakes, source.text, path)
+        raise SpecErrors(report.mistakes, source.text, source.path)
     variant = Variant(
         name=name,
         doc=doc,
@@ -516,8 +538,8 @@ def read_places(text: str, path: str = "<spec>") -> tuple[Variant, dict[str, dic
         causal=causal,
         names=tuple(typed.names),
         sizes=tuple(reading.scope.sizes.items()),
-        source=text,
-        path=path,
+        source=source.text,
+        path=source.path,
         spans=tuple(reading.spans.items()),
     )
     return variant, {"": in_define, **typed.places}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lagen.ir.expr import Expr, walk
 from lagen.ir.variant import Span
+from lagen.spec.elaborate import SIGNS
 from lagen.spec.mistakes import Report
 
 _LINEAR = ("neg", "add", "sub", "sum", "mean", "concat", "rename")
@@ -79,7 +80,7 @@ class Rules:
                     help = "a peak line is `m: max(m[t-1] + a, b)`, of a scalar or vector state"
             if wrong:
                 code = "peak" if x.op == "max" else "nonlinear-state"
-                self.report.add(code, here, f"{name}: {wrong}" if not wrong.startswith("'") else f"{name}: {wrong}", help)
+                self.report.add(code, here, f"{name}: {wrong}", help)
             memo[x] = 0 if wrong else max(below, default=0)
             return memo[x]
 
@@ -119,4 +120,4 @@ class Rules:
 
 
 def _shown(e: Expr) -> str:
-    return {"pow": "**", "rowmax": "max"}.get(e.op, e.op)
+    return SIGNS.get(e.op, e.op)

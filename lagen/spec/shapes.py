@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lagen.ir.expr import HEADS, Expr
-from lagen.spec.elaborate import MAX_STEPS, Scope
+from lagen.spec.elaborate import Scope
 from lagen.spec.syntax import Formula, Node
 from lagen.spec.vocabulary import RESIZES
 
@@ -46,8 +46,7 @@ class _Walk:
         return shape
 
     def node(self, node: Node) -> Shape:
-        self.scope.steps += 1
-        if self.scope.steps >= MAX_STEPS:
+        if self.scope.exhausted(node.span):
             return Shape()
         if node.kind == "name":
             return self.name(node.text)

@@ -7,6 +7,7 @@ hostile text never reaches the parser. It is never evaluated. What a node means 
 from __future__ import annotations
 
 import ast
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ MAX_DEPTH = 60
 MAX_TERMS = 100
 """Levels of the parsed tree, where every further term of a sum is one."""
 
-_TOKEN = re.compile(r"\s+|(\*\*|//|<=|>=|==|!=|->|[A-Za-z_]\w*|(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[-+*/@()\[\],<>])", re.ASCII)
-_ARROW = re.compile(r"->\s*(\w*)\s*$", re.ASCII)
+_TOKEN = re.compile(r"\s+|(\*\*|//|<=|>=|==|!=|->|[A-Za-z_]\w*|(?:\d[\d.]*|\.\d+)(?:[eE][+-]?\d+)?\w*|[-+*/@()\[\],<>])", re.ASCII)
+_NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\Z", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 _INSTEAD_OF_CHARACTER = {
@@ -50,6 +51,8 @@ _INSTEAD_OF_WORD = {
     "or": "write where(a, x, where(b, x, y))",
     "not": "exchange the branches of where",
     "lambda": "define a function: `f(x): ...` under define",
+    "is": "write ==",
+    "in": "a line is written for one token",
     "for": "a line is written for one token; sums over tokens are states",
 }
 _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.MatMult: "@", ast.Pow: "**"}
@@ -87,7 +90,8 @@ def is_name(text: str) -> bool:
 
 def _scan(text: Scalar, source: Source, report: Report) -> bool:
     """Checks characters, length and nesting; returns whether the text may be parsed."""
-    at, depth, words, signs = 0, 0, 0, 0
+    at, words, signs = 0, 0, 0
+    opened: list[tuple[str, Span]] = []
     body = text.text
 
     def place(i: int, j: int) -> Span:
@@ -105,45 +109,49 @@ def _scan(text: Scalar, source: Source, report: Report) -> bool:
             here = place(at, match.end())
             words += 1
             signs = signs + 1 if word in ("-", "+", "**") else 0
-            depth += (word in "([") - (word in ")]")
-            if depth < 0:
+            if word in "([":
+                opened.append((word, here))
+            elif word in ")]" and (not opened or opened.pop()[0] + word not in ("()", "[]")):
                 report.add("syntax", here, f"'{word}' closes nothing", "remove it, or open it before")
                 return False
-            if max(depth, signs) > MAX_DEPTH:
+            if max(len(opened), signs) > MAX_DEPTH:
                 report.add("too-deep", here, f"more than {MAX_DEPTH} levels deep", "name parts of it under define")
                 return False
             if words > MAX_TOKENS or len(word) > 64:
                 what = f"the expression has more than {MAX_TOKENS} words" if words > MAX_TOKENS else "a word of more than 64 characters"
                 report.add("too-long", place(at, at + 20), what, "name parts of it under define")
                 return False
+            if word[0] in ".0123456789" and not (_NUMBER.match(word) and math.isfinite(float(word))):
+                report.add("syntax", here, f"'{word}' is no number of the language", "write a number such as 1, 0.5 or 1e-6")
+                return False
             if word in _INSTEAD_OF_WORD:
                 report.add("syntax", here, f"'{word}' is no part of the language", _INSTEAD_OF_WORD[word])
                 return False
         at = match.end()
-    return True
+    if opened:
+        report.add("syntax", opened[-1][1], f"'{opened[-1][0]}' is never closed", "close it")
+    return not opened
 
 
-def parse(text: Scalar, source: Source, report: Report) -> Formula | None:
-    """Parses an expression; what is wrong goes to the report, and then None is returned."""
+def parse(text: Scalar, source: Source, report: Report, key: Span) -> Formula | None:
+    """Parses the expression under ``key``; what is wrong goes to the report, and then None is returned."""
+    if text.refused:
+        return None
     if not text.text.strip():
-        report.add("syntax", text.span, "an expression is missing", "write it behind the colon, on the same line or in a block")
+        report.add("syntax", key, "an expression is missing", "write it behind the colon, on the same line or in a block")
         return None
     if not _scan(text, source, report):
         return None
     body, makes, makes_span = text.text, "", text.span
-    arrow = _ARROW.search(body)
-    if arrow is not None:
-        makes = arrow.group(1)
-        makes_span = source.span(text.start + arrow.start(1), text.start + max(arrow.end(1), arrow.start(1) + 1))
-        body = body[: arrow.start()]
+    arrow = body.find("->")
+    if arrow >= 0:
+        body, makes = body[:arrow], body[arrow + 2 :].strip()
+        start = text.text.find(makes, arrow + 2)
+        makes_span = source.span(text.start + start, text.start + start + len(makes))
         if not is_name(makes):
-            report.add("syntax", makes_span, "the name of a dim follows '->'", "write `-> F`")
+            what = "the name of a dim follows '->', and nothing else"
+            report.add("syntax", makes_span, what, "end the line with `-> F`; name a part of it under define, with its own `-> F`")
             return None
-    elsewhere = body.find("->")
-    if elsewhere >= 0:
-        span = source.span(text.start + elsewhere, text.start + elsewhere + 2)
-        report.add("syntax", span, "'->' stands at the end of a line", "name the part under define, with its own `-> F`")
-        return None
     node = _Reader(text.start, source, report).read(body)
     return None if node is None else Formula(node, makes, makes_span)
 
