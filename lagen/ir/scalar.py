@@ -56,13 +56,20 @@ _ROWS = (
     Function("div", 2, lambda m, d, y, a, b: (m.div(d, b), m.neg(m.mul(m.div(d, b), y))), "{0} / {1}", "{0} / {1}", "{0} / {1}", True),
     Function("neg", 1, lambda m, d, y, x: (m.neg(d),), "-{0}", "-{0}", "-{0}", True),
     Function("exp", 1, _smooth(lambda m, x, y: y), "torch.exp({0})", "tl.exp({0})", "lg_exp({0})"),
-    Function("log", 1, lambda m, d, y, x: (m.div(d, x),), "torch.log({0})", "tl.log({0})", "lg_log({0})"),
+    # a gate that has closed to 0 sends back 0, not 0 / 0: 1e-37 is about the least normal float32
+    Function("log", 1, lambda m, d, y, x: (m.div(d, m.call("max", x, m.const(1e-37))),), "torch.log({0})", "tl.log({0})", "lg_log({0})"),
     Function("sqrt", 1, lambda m, d, y, x: (m.div(m.mul(m.const(0.5), d), y),), "torch.sqrt({0})", "tl.sqrt({0})", "lg_sqrt({0})", True),
-    Function("rsqrt", 1, _smooth(lambda m, x, y: m.mul(m.const(-0.5), y, y, y)), "torch.rsqrt({0})", "tl.rsqrt({0})", "(1.0f / lg_sqrt({0}))"),
+    Function(
+        "rsqrt", 1, _smooth(lambda m, x, y: m.mul(m.const(-0.5), y, y, y)), "torch.rsqrt({0})", "tl.rsqrt({0})", "(1.0f / lg_sqrt({0}))"
+    ),
     Function("abs", 1, _smooth(lambda m, x, y: m.call("sign", x)), "torch.abs({0})", "tl.abs({0})", "lg_abs({0})", True),
     Function("sign", 1, _none, "torch.sign({0})", "lg_sign({0})", "lg_sign({0})", True),
-    Function("min", 2, lambda m, d, y, a, b: _pick(m, d, b, a)[::-1], "torch.minimum({0}, {1})", "tl.minimum({0}, {1})", "lg_min({0}, {1})", True),
-    Function("max", 2, lambda m, d, y, a, b: _pick(m, d, a, b), "torch.maximum({0}, {1})", "tl.maximum({0}, {1})", "lg_max({0}, {1})", True),
+    Function(
+        "min", 2, lambda m, d, y, a, b: _pick(m, d, b, a)[::-1], "torch.minimum({0}, {1})", "tl.minimum({0}, {1})", "lg_min({0}, {1})", True
+    ),
+    Function(
+        "max", 2, lambda m, d, y, a, b: _pick(m, d, a, b), "torch.maximum({0}, {1})", "tl.maximum({0}, {1})", "lg_max({0}, {1})", True
+    ),
     Function(
         "where",
         3,
@@ -75,8 +82,13 @@ _ROWS = (
         Function(name, 2, _none, f"{{0}} {sign} {{1}}", f"{{0}} {sign} {{1}}", f"({{0}} {sign} {{1}})")
         for name, sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!="))
     ),
-    Function(
-        "sigmoid", 1, _smooth(lambda m, x, y: m.mul(y, m.sub(m.ONE, y))), "torch.sigmoid({0})", "tl.sigmoid({0})", "lg_sigmoid({0})"
+    Function(  # not y (1 - y), which rounds an open gate's slope to 0
+        "sigmoid",
+        1,
+        _smooth(lambda m, x, y: m.mul(y, m.call("sigmoid", m.neg(x)))),
+        "torch.sigmoid({0})",
+        "tl.sigmoid({0})",
+        "lg_sigmoid({0})",
     ),
     Function(
         "logsigmoid",
@@ -87,7 +99,12 @@ _ROWS = (
         "lg_logsigmoid({0})",
     ),
     Function(
-        "softplus", 1, _smooth(lambda m, x, y: m.call("sigmoid", x)), "torch.nn.functional.softplus({0})", "lg_softplus({0})", "lg_softplus({0})"
+        "softplus",
+        1,
+        _smooth(lambda m, x, y: m.call("sigmoid", x)),
+        "torch.nn.functional.softplus({0})",
+        "lg_softplus({0})",
+        "lg_softplus({0})",
     ),
     Function("tanh", 1, _smooth(lambda m, x, y: m.sub(m.ONE, m.mul(y, y))), "torch.tanh({0})", "lg_tanh({0})", "lg_tanh({0})", True),
     Function(
