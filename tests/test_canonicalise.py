@@ -18,7 +18,7 @@ from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.digest import digest, identity
 from lagen.passes.refusal import NotYet, Refused
-from lagen.spec import read, read_text
+from lagen.spec import SpecErrors, read, read_text
 from lagen.verify.oracle import measure, oracle
 
 SIZES = {"B": 2, "T": 6, "H": 2, "HV": 4, "K": 5, "V": 3, "M": 4, "E": 4, "N": 3}
@@ -266,7 +266,7 @@ REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_name_the_term_in_place(name: str) -> None:
     lines, code, term, kind = REFUSALS[name]
-    with pytest.raises(Exception) as caught:  # noqa: B017  the reader may be first to refuse, with the same code
+    with pytest.raises(SpecErrors) as caught:  # the reader may be first to refuse, with the same code
         canonicalise(spelled(lines))
     error = caught.value
     assert code in str(error)

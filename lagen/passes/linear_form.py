@@ -282,11 +282,20 @@ class Lines:
             parts = [flat(f) for f in factors], [flat(f) for f in over]
             have = [f for p in parts[0] for f in p[0]] + [f for p in parts[1] for f in p[1]]
             under = [f for p in parts[0] for f in p[1]] + [f for p in parts[1] for f in p[0]]
-            if _remove(have, up) and _remove(under, down):
+            if self._remove(have, up) and self._remove(under, down):
                 return tuple(have), tuple(under), "decayed"
             if self._polynomial(Term(factors, over)) == self._polynomial(Term(up, down)):
                 return (), (), "decayed"
         return factors, over, "previous"
+
+    def _remove(self, have: list[Expr], wanted: tuple[Expr, ...]) -> bool:
+        """Takes ``wanted``, in whatever spelling, out of ``have``; tells whether all were there."""
+        for w in wanted:
+            found = next((i for i, f in enumerate(have) if self.algebra.equal(f, w)), None)
+            if found is None:
+                return False
+            del have[found]
+        return True
 
     def _shell(self, leaf: Expr) -> State:
         """Makes the state of a leaf whose line is not done yet, enough to type a readout of it."""
@@ -318,12 +327,3 @@ class Lines:
         state = self.done.get(leaf.name) or self._shell(leaf)
         at = ("now" if self.variant.causal else "all") if leaf.op == "now" else "previous"
         return readout(state, ONE, "", at)
-
-
-def _remove(have: list[Expr], wanted: tuple[Expr, ...]) -> bool:
-    """Takes ``wanted`` out of ``have``; tells whether all were there."""
-    for f in wanted:
-        if f not in have:
-            return False
-        have.remove(f)
-    return True

@@ -138,6 +138,8 @@ class Algebra:
             if kind == "softplus" and c.denominator == 1 and abs(c) <= 4:
                 once = add(UNIT, self.exp(inner)) if c > 0 else add(UNIT, scaled(self.sigmoid(inner), -_ONE))
                 total = self.mul(total, self.power(once, abs(c)))
+            elif kind == "log" and c.denominator == 1:
+                total = self.mul(total, self.power(inner, c))
             else:
                 total = self.mul(total, self.function("exp", ((m, _ONE),), c))
         return total
