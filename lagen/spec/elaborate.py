@@ -90,13 +90,12 @@ def size_of(scope: Scope, dim: str) -> Expr:
 
 
 def constant(e: Expr) -> float | None:
-    """Returns the value of an expression of numbers alone, or None."""
+    """Returns the value of an operation on numbers, or None. Operands have been folded before."""
     if e.op == "const":
         return e.value
-    args = [constant(a) for a in e.args]
-    if not args or any(a is None for a in args):
+    if not e.args or any(a.op != "const" for a in e.args):
         return None
-    values = [a for a in args if a is not None]
+    values = [a.value for a in e.args]
     if e.op == "neg":
         return -values[0]
     if e.op == "pow":

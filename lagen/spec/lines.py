@@ -31,10 +31,12 @@ class Line:
 
 
 def nodes(node: Node) -> Iterator[Node]:
-    """Yields a node and everything below it."""
-    yield node
-    for a in node.args:
-        yield from nodes(a)
+    """Yields a node and everything below it, in the order of the text."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(reversed(node.args))
 
 
 def terms(node: Node, abbreviations: dict[str, Formula], seen: set[str] | None = None) -> Iterator[Node]:
@@ -120,10 +122,11 @@ class Order:
             self.refuse(line, "abbreviation", node, f"'{name}' is put in where it is used and has no past", help)
         elif name in self.broken and name != line.name:
             self.broken.add(line.name)  # reported at the line that it reads
+        elif name == line.name:
+            self.refuse(line, "circle", node, f"'{spelled}' is what this line defines", f"write {name}[t-1] for its past")
         elif name in self.by_name:
-            own = name == line.name
-            message = f"'{name}' does not read its own past, so it is an output" + ("" if own else ", which no line reads")
-            help = f"write {name}[t-1] for its past" if own else f"a state reads {name}[t-1] on its line; an abbreviation is called _{name}"
+            message = f"'{name}' does not read its own past, so it is an output, which no line reads"
+            help = f"a state reads {name}[t-1] on its line; an abbreviation is called _{name}"
             self.refuse(line, "undefined", node, message, help)
         elif name in scope.tensors or name in scope.names or name in scope.functions:
             help = f"write {name}" if not node.value else "shift tokens in the layer and give the result as an input"

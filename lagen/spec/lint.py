@@ -20,7 +20,8 @@ def lint(variant: Variant, places: dict[str, dict[Expr, Span]]) -> tuple[Mistake
     bounds = Bounds(facts_of(variant))
     lines: list[StateLine | OutputLine] = [*variant.states, *variant.outputs]
     for line in lines:
-        check = _Line(line, bounds, {**places.get(line.name, {}), **places.get("", {})})
+        in_line, in_define = places.get(line.name, {}), places.get("", {})
+        check = _Line(line, bounds, {**in_line, **{e: at for e, at in in_define.items() if e.args or e not in in_line}})
         found.extend(check.numbers())
         if isinstance(line, StateLine) and not line.peak:
             found.extend(check.writes())

@@ -518,7 +518,7 @@ def _read_root(root: Mapping, source: Source, report: Report) -> tuple[Variant, 
     _read_tensors(reading)
     define, recurrence = _formulas("define", reading), _formulas("recurrence", reading)
     _read_define(reading, define)
-    in_define = reading.scope.places
+    in_define, reading.scope.places = reading.scope.places, {}
     _read_assumptions(reading)
     typed = _read_recurrence(reading, recurrence, causal)
     if not report.mistakes:

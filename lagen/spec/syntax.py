@@ -17,6 +17,7 @@ from lagen.spec.document import Scalar, Source
 from lagen.spec.mistakes import Report
 
 MAX_TOKENS = 600
+MAX_WORD = 64
 MAX_DEPTH = 60
 MAX_TERMS = 100
 """Levels of the parsed tree, where every further term of a sum is one."""
@@ -91,46 +92,40 @@ def is_name(text: str) -> bool:
 def _scan(text: Scalar, source: Source, report: Report) -> bool:
     """Checks characters, length and nesting; returns whether the text may be parsed."""
     at, words, signs = 0, 0, 0
-    opened: list[tuple[str, Span]] = []
+    opened: list[tuple[str, int]] = []
     body = text.text
 
-    def place(i: int, j: int) -> Span:
-        return source.span(text.start + i, text.start + j)
+    def refuse(code: str, i: int, j: int, message: str, help: str) -> bool:
+        report.add(code, source.span(text.start + i, text.start + j), message, help)
+        return False
 
     while at < len(body):
         match = _TOKEN.match(body, at)
         if match is None:
-            character = body[at]
-            help = _INSTEAD_OF_CHARACTER.get(character, "remove it")
-            report.add("character", place(at, at + 1), f"{character!r} is no part of an expression", help)
-            return False
-        word = match.group(1)
-        if word is not None:
-            here = place(at, match.end())
-            words += 1
-            signs = signs + 1 if word in ("-", "+", "**") else 0
-            if word in "([":
-                opened.append((word, here))
-            elif word in ")]" and (not opened or opened.pop()[0] + word not in ("()", "[]")):
-                report.add("syntax", here, f"'{word}' closes nothing", "remove it, or open it before")
-                return False
-            if max(len(opened), signs) > MAX_DEPTH:
-                report.add("too-deep", here, f"more than {MAX_DEPTH} levels deep", "name parts of it under define")
-                return False
-            if words > MAX_TOKENS or len(word) > 64:
-                what = f"the expression has more than {MAX_TOKENS} words" if words > MAX_TOKENS else "a word of more than 64 characters"
-                report.add("too-long", place(at, at + 20), what, "name parts of it under define")
-                return False
-            if word[0] in ".0123456789" and not (_NUMBER.match(word) and math.isfinite(float(word))):
-                report.add("syntax", here, f"'{word}' is no number of the language", "write a number such as 1, 0.5 or 1e-6")
-                return False
-            if word in _INSTEAD_OF_WORD:
-                report.add("syntax", here, f"'{word}' is no part of the language", _INSTEAD_OF_WORD[word])
-                return False
-        at = match.end()
+            help = _INSTEAD_OF_CHARACTER.get(body[at], "remove it")
+            return refuse("character", at, at + 1, f"{body[at]!r} is no part of an expression", help)
+        word, start, at = match.group(1), at, match.end()
+        if word is None:
+            continue
+        words += 1
+        signs = signs + 1 if word in ("-", "+", "**") else 0
+        if word in "([":
+            opened.append((word, start))
+        elif word in ")]" and (not opened or opened.pop()[0] + word not in ("()", "[]")):
+            return refuse("syntax", start, at, f"'{word}' closes nothing", "remove it, or open it before")
+        if max(len(opened), signs) > MAX_DEPTH:
+            return refuse("too-deep", start, at, f"more than {MAX_DEPTH} levels deep", "name parts of it under define")
+        if len(word) > MAX_WORD:
+            return refuse("too-long", start, start + 20, f"a word of more than {MAX_WORD} characters", "choose a shorter one")
+        if words > MAX_TOKENS:
+            return refuse("too-long", start, at, f"the expression has more than {MAX_TOKENS} words", "name parts of it under define")
+        if word[0] in ".0123456789" and not (_NUMBER.match(word) and math.isfinite(float(word))):
+            return refuse("syntax", start, at, f"'{word}' is no number of the language", "write a number such as 1, 0.5 or 1e-6")
+        if word in _INSTEAD_OF_WORD:
+            return refuse("syntax", start, at, f"'{word}' is no part of the language", _INSTEAD_OF_WORD[word])
     if opened:
-        report.add("syntax", opened[-1][1], f"'{opened[-1][0]}' is never closed", "close it")
-    return not opened
+        return refuse("syntax", opened[-1][1], opened[-1][1] + 1, f"'{opened[-1][0]}' is never closed", "close it")
+    return True
 
 
 def parse(text: Scalar, source: Source, report: Report, key: Span) -> Formula | None:
