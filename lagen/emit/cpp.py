@@ -43,12 +43,9 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         return forward
     if isinstance(backward, Fallback):
         return backward
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(data.templates() / "cpp"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    gradients = dict(adjoint.gradients)
     present = [n for n, _ in backward.sinks]
-    text = environment.get_template("operator.cpp.j2").render(
+    return _fill(
+        "operator.cpp.j2",
         name=recurrence.name,
         header=[line.rstrip() for line in header.splitlines()],
         formula=str(recurrence).splitlines(),
@@ -61,8 +58,23 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
         directions=[_Printer(recurrence, forward, "forward").printed(), _Printer(recurrence, backward, "backward").printed()],
     )
-    assert set(present) <= set(gradients)
-    return text.rstrip() + "\n"
+
+
+def render_sweeps() -> str:
+    """Prints what the C++ of every variant includes as ``_sweeps.h``."""
+    return _fill("sweeps.h.j2")
+
+
+def whole(text: str) -> str:
+    """Puts what a printed file includes into it."""
+    return text.replace('#include "_sweeps.h"\n', render_sweeps())
+
+
+def _fill(template: str, **values: object) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data.templates() / "cpp"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(values).rstrip() + "\n"
 
 
 def fallback(recurrence: Recurrence, adjoint: Adjoint) -> str:

@@ -52,7 +52,8 @@ class Sweep:
     @property
     def label(self) -> str:
         """Returns the name that tells this sweep from the others of its direction."""
-        return "_".join(x for x in (self.state.name, self.rows, str(self.level - self.whole) if self.level > 1 else "") if x) + "_"
+        born = self.level - self.whole
+        return "_".join(x for x in (self.state.name, self.rows, str(born) if born > 1 else "") if x) + "_"
 
 
 @dataclass(frozen=True)

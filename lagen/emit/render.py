@@ -16,14 +16,19 @@ from pathlib import Path
 import jinja2
 
 from lagen import __version__, data
+from lagen.emit.cpp import render_cpp, render_sweeps
+from lagen.emit.cpp_plan import Fallback
 from lagen.emit.torch import render_torch
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import identity
 
-SUPPORT = ("signature", "dispatch", "operator", "chunked")
+SUPPORT = ("signature", "dispatch", "operator", "chunked", "cpp")
 """The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
+
+PRINTED = ("triton",)
+"""The backends beside torch."""
 
 Formula = int | str | tuple[str, "Formula", "Formula"]
 
@@ -40,14 +45,21 @@ def support() -> dict[str, str]:
     """Returns the text of the files that a built package carries beside its operators."""
     room = Path(__file__).resolve().parent.parent / "runtime"
     texts = {f"_{name}.py": (room / f"{name}.py").read_text(encoding="utf-8") for name in SUPPORT}
-    return {name: text.replace("from lagen.runtime.", "from ._") for name, text in texts.items()}
+    own = {name: text.replace("from lagen.runtime.", "from ._") for name, text in texts.items()}
+    return own | {"_sweeps.h": render_sweeps()}
 
 
-def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint) -> str:
-    """Renders the module of one variant; it imports torch, triton where it has kernels, and the files of ``support``."""
-    kernels = _kernels(recurrence, adjoint)
+def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: Sequence[str] = PRINTED) -> str:
+    """Renders the module of one variant; it imports torch, triton where it has kernels, and the files of ``support``.
+
+    ``printed`` names the backends beside torch to print where there is a printer for what the variant does.
+    """
+    kernels = _kernels(recurrence, adjoint) if "triton" in printed else ""
     step = "torch_step" if variant.causal else "None"
     backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True)")]
+    cpp = render_cpp(recurrence, adjoint)
+    if not isinstance(cpp, Fallback):
+        backends.append(BackendText("cpp", f"Backend(cpp.forward, cpp.backward, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
     if kernels:
         backends.append(BackendText("triton", f"Backend(triton_forward, triton_backward, {step.replace('torch', 'triton')})"))
     values = {
@@ -59,6 +71,8 @@ def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint) -> str:
         "formula": "\n".join(f"    {line}" for line in str(recurrence).splitlines()),
         "torch_functions": render_torch(recurrence, adjoint, variant.assumptions).strip(),
         "kernels": kernels,
+        "cpp": "" if isinstance(cpp, Fallback) else cpp.rstrip(),
+        "torch_step": step,
         "source": _block(variant.source),
         "groups": [
             ("inputs", [_argument(t) for t in variant.inputs]),

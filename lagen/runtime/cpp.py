@@ -31,6 +31,7 @@ Tensors = tuple[Tensor, ...]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+INCLUDE = '#include "_sweeps.h"\n'
 NO_TENSOR = (0, 0, 0, 0, 0, 1)
 
 
@@ -130,7 +131,9 @@ class CppBackend:
     """
 
     def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...]) -> None:
-        self.spec, self.source, self.fallback = spec, source, fallback
+        header = Path(__file__).with_name("_sweeps.h")  # beside this file in a built package
+        included = header.read_text(encoding="utf-8") if INCLUDE in source else ""
+        self.spec, self.source, self.fallback = spec, source.replace(INCLUDE, included), fallback
         self.loaded: ctypes.CDLL | Missing | None = None
         self.heads = spec.outputs[0].head
         self.dims = tuple(dict.fromkeys(d for a in spec.inputs + spec.params for d in a.dims if d not in dict(spec.sizes)))

@@ -7,6 +7,7 @@ is read or written there.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec
@@ -16,7 +17,7 @@ from types import CodeType
 from filelock import FileLock
 
 from lagen import data
-from lagen.emit.render import SUPPORT, render_package
+from lagen.emit.render import PRINTED, SUPPORT, render_package
 from lagen.ir.variant import Variant
 from lagen.runtime.build import digest_of, generate, write
 from lagen.runtime.operator import Operator
@@ -42,14 +43,15 @@ class _Verified(SourceFileLoader):
         return self.source_to_code(content, self.path)
 
 
-def load(spec: str | Path | Variant) -> Operator:
+def load(spec: str | Path | Variant, printed: Sequence[str] = PRINTED) -> Operator:
     """Returns the operator of a spec: the path of a file, the name of a shipped spec, or a Variant.
 
+    ``printed`` names the backends beside torch that it gets.
     Raises SpecErrors for mistakes in the file, the refusals of canonicalise, KeyError for an unknown name, OSError where the file or
     the cache cannot be used.
     """
     variant = spec if isinstance(spec, Variant) else read(_find(spec))
-    files = render_package({variant.name: generate(variant)})
+    files = render_package({variant.name: generate(variant, printed)})
     digest = digest_of("\0".join(f"{n}\0{t}" for n, t in sorted(files.items())).encode())[:16]
     package = f"lagen_cache_{variant.name}_{digest}"
     folder = data.cache() / "operators" / f"{variant.name}_{digest}"
@@ -80,7 +82,7 @@ def _store(folder: Path, files: dict[str, str]) -> None:
 def _import(package: str, folder: Path, files: dict[str, str]) -> None:
     """Imports a package's modules from verified files, what they import first; leaves nothing behind where that fails."""
     carried = [f"_{name}.py" for name in SUPPORT]
-    modules = [*carried, *sorted(set(files) - {"__init__.py", *carried})]
+    modules = [*carried, *sorted(n for n in set(files) - {"__init__.py", *carried} if n.endswith(".py"))]
     with ExitStack() as undo:
         undo.callback(sys.modules.pop, package, None)
         sys.modules[package] = module_from_spec(ModuleSpec(package, None, origin=str(folder), is_package=True))
