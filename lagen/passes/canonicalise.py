@@ -14,6 +14,7 @@ from lagen.ir.bounds import Proof, facts_of, log_of, prove_nonpositive
 from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import Recurrence, State, Write
 from lagen.ir.variant import OutputLine, StateLine, Variant
+from lagen.passes.corrections import corrections, refuse_two_sides
 from lagen.passes.linear_form import Flat, Lines, Term, flat, product, split_scalar
 from lagen.passes.normal_form import UNIT, Algebra, Polynomial
 
@@ -52,18 +53,17 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
     if line.peak:
         lines.not_yet("peak", f"'{line.name}' is a peak line (a running maximum)", line.expr)
     terms = lines.expand(line.expr)
-    past: list[Term] = []
-    writes: list[Term] = []
+    past = [t for t in terms if t.state is not None and t.state.name == line.name]
+    if past and any(r.name == line.name for t in terms for f in (*t.factors, *t.over) for r in E.reads(f, "readout")):
+        lines.decays = lines.decays | {line.name: _coefficient(lines, line, past)}  # so that a read of the decayed past is known as one
+        _refuse_corrections(lines, lines.expand(line.expr))
+    writes = [t for t in terms if t.state is None]
     for t in terms:
-        _refuse_reads(lines, line, t)
-        if t.state is None:
-            writes.append(t)
-        elif t.state.name != line.name:
-            lines.refuse(
-                "matrix-read", f"'{t}' puts the state {t.state} into {line.name} as a whole; read it by @ with a vector", term=t.state
-            )
-        else:
-            past.append(t)
+        if t.state is not None and t.state.name != line.name:
+            message = f"'{t}' puts the state {t.state} into {line.name} as a whole; read it by @ with a vector"
+            lines.refuse("matrix-read", message, term=t.state)
+        for r in (r for f in (*t.factors, *t.over) for r in E.reads(f, "readout")):
+            lines.not_yet("stages", f"'{lines.respell(r)}' reads the state {r.name} in the line of the state {line.name}", r)
     decay, factor, proofs = _decay(lines, line, past)
     state = State(
         line.name,
@@ -77,13 +77,13 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
     return state, factor, proofs
 
 
-def _refuse_reads(lines: Lines, line: StateLine, t: Term) -> None:
-    """Refuses what a term of a state line reads besides its own past."""
-    for x in (*t.factors, *t.over):
-        for r in E.reads(x, "readout"):
-            if r.name == line.name and r.attr("at") in ("previous", "decayed"):
-                lines.not_yet("correction", f"'{t}' reads {line.name}'s own past inside a write (a delta rule)", t)
-            lines.not_yet("stages", f"'{t}' reads the state {r.name} in the line of the state {line.name}", t)
+def _refuse_corrections(lines: Lines, terms: tuple[Term, ...]) -> None:
+    """Refuses what reads its own past: what rule 1 forbids for good, the low-rank corrections as a later family."""
+    found = [c for t in terms for c in corrections(lines, t)]
+    refuse_two_sides(lines, found)
+    if found:
+        reads = " and ".join(dict.fromkeys(f"'{lines.respell(c.read)}'" for c in found))
+        lines.not_yet("correction", f"{lines.own} writes what it reads of its own past (a delta rule): {reads}", found[0].read)
 
 
 def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr, ...], Flat, tuple[str, ...]]:
@@ -227,5 +227,5 @@ def _output(lines: Lines, line: OutputLine) -> Expr:
     if lines.variant.causal:
         for r in E.reads(value, "readout"):
             if E.reads(r.args[0], "readout"):
-                lines.not_yet("stages", f"'{r}' reads {r.name} by a vector that another state's readout makes", line.expr)
+                lines.not_yet("stages", f"'{lines.respell(r)}' reads {r.name} by a vector that another state's readout makes", r)
     return value

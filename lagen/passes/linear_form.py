@@ -89,7 +89,7 @@ class Lines:
     """Expands one line. ``own`` is the state whose line it is ("" for an output), ``done`` the states before it."""
 
     def __init__(self, variant: Variant, done: dict[str, State], decays: dict[str, Flat], line: StateLine | OutputLine) -> None:
-        self.variant, self.done, self.span = variant, done, line.span
+        self.variant, self.done, self.line = variant, done, line
         self.own = line.name if isinstance(line, StateLine) else ""
         self.decays = decays  # each state's decay as it was read off, to know the decayed past again
         self.algebra = Algebra(done.values())
@@ -97,13 +97,45 @@ class Lines:
 
     # ---- errors ----
 
-    def refuse(self, code: str, message: str, help: str = "", term: object = "") -> NoReturn:
-        """Raises Refused at this line, underlining ``term`` where the line holds its text."""
-        raise Refused.at(self.variant, self.span, code, message, help, str(term))
+    def refuse(self, code: str, message: str, help: str = "", term: Expr | Term | None = None) -> NoReturn:
+        """Raises Refused at this line, underlining ``term``."""
+        raise Refused.at(self.variant, self.line, code, message, help, self._one(term))
 
-    def not_yet(self, family: str, message: str, term: object = "") -> NoReturn:
+    def not_yet(self, family: str, message: str, term: Expr | Term | None = None) -> NoReturn:
         """Raises NotYet at this line: the spec is legal, its family is a later one."""
-        raise NotYet.at(self.variant, self.span, "not-yet", message, f"{family}: a later family of the compiler", str(term))
+        raise NotYet.at(self.variant, self.line, "not-yet", message, f"{family}: a later family of the compiler", self._one(term))
+
+    def _one(self, term: Expr | Term | None) -> Expr | None:
+        """Returns the expression of a term that is one factor or one state."""
+        if isinstance(term, Term):
+            parts = [*term.factors, *(() if term.state is None else (term.state,))]
+            return self.respell(parts[0]) if len(parts) == 1 and not term.over else None
+        return None if term is None else self.respell(term)
+
+    def say(self, term: Term) -> str:
+        """Prints a term with its readouts as the spec language writes them."""
+        return str(Term(tuple(map(self.respell, term.factors)), tuple(map(self.respell, term.over)), term.state))
+
+    def respell(self, x: Expr) -> Expr:
+        """Writes readouts as the spec language does, for messages."""
+
+        def rule(n: Expr) -> Expr | None:
+            if n.op != "readout":
+                return None
+            state = self.done.get(n.name) or self._shell(E.leaf("past", n.name, ()))
+            leaf = E.leaf("now" if n.attr("at") in ("now", "all") else "past", n.name, state.dims, state.head, token=True)
+            if n.attr("at") == "decayed":
+                up, down = self.decays[n.name]
+                for f in reversed(up):
+                    leaf = E.mul(f, leaf)
+                for f in down:
+                    leaf = E.div(leaf, f)
+            vector = self.respell(n.args[0])
+            if vector.op == "expand":
+                return E.mul(vector.args[0], E.reduce("sum", leaf))
+            return E.contract(vector, leaf) if n.attr("dim") else E.mul(vector, leaf)
+
+        return E.rewrite(x, rule)
 
     # ---- what stands open ----
 

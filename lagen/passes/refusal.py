@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lagen.ir.variant import Span, Variant
+from lagen.ir.expr import Expr
+from lagen.ir.variant import OutputLine, Span, StateLine, Variant
 from lagen.spec.mistakes import Mistake, SpecErrors
+from lagen.spec.read import read_places
+
+Line = StateLine | OutputLine
 
 
 class Refused(SpecErrors):
@@ -35,9 +39,11 @@ class Refused(SpecErrors):
         return self.mistake.help
 
     @classmethod
-    def at(cls, variant: Variant, span: Span, code: str, message: str, help: str = "", term: str = "") -> Refused:
-        """Makes the refusal at a line of ``variant``, narrowed to ``term`` where the line's text holds it."""
-        return cls((Mistake(code, narrowed(variant.source, span, term), message, help),), variant.source, variant.path)
+    def at(
+        cls, variant: Variant, line: StateLine | OutputLine, code: str, message: str, help: str = "", term: Expr | None = None
+    ) -> Refused:
+        """Makes the refusal at a line of ``variant``, narrowed to ``term`` where the file holds it."""
+        return cls((Mistake(code, place(variant, line, term), message, help),), variant.source, variant.path)
 
     def __reduce__(self) -> tuple[type[SpecErrors], tuple[tuple[Mistake, ...], str, str]]:
         return type(self), (self.mistakes, self.source, self.path)
@@ -52,11 +58,21 @@ class NotYet(Refused):
         return self.help.split(":")[0]
 
 
-def narrowed(source: str, span: Span, term: str) -> Span:
-    """Returns the place of ``term`` in the text from ``span`` on (three lines at most), else ``span``."""
+def place(variant: Variant, line: Line, term: Expr | None) -> Span:
+    """Returns the place of ``term`` in a line, that of the line where it does not stand there as it is."""
+    if term is None or not variant.source:
+        return line.span
+    _, places = read_places(variant.source, variant.path)
+    found = places.get(line.name, {})
+    if term in found:
+        return found[term]
+    return _search(variant.source, line.span, str(term))
+
+
+def _search(source: str, span: Span, text: str) -> Span:
     lines = source.split("\n")
     for number in range(span.line, min(span.line + 3, len(lines) + 1)):
-        start = lines[number - 1].find(term, span.col - 1 if number == span.line else 0) if term else -1
+        start = lines[number - 1].find(text, span.col - 1 if number == span.line else 0)
         if start >= 0:
-            return Span(number, start + 1, len(term))
+            return Span(number, start + 1, len(text))
     return span

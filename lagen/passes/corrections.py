@@ -1,0 +1,99 @@
+"""Corrections: what a state line writes that depends on its own past, as in outer(k, beta * (v - k @ S[t-1])).
+
+Rule 1 of the language allows outer(w, c * (r @ P)) with P the past, or mirrored, with a number c. ``corrections`` finds them in a term
+and refuses everything else that reads the own past. The compiler does not lower them yet; canonicalise says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lagen.ir import expr as E
+from lagen.ir.expr import ONE, Expr
+from lagen.passes.linear_form import Lines, Term
+
+
+@dataclass(frozen=True)
+class Correction:
+    """``write`` on one dim of the state, times ``number``, times the vector that ``read`` (a readout of the own past) leaves."""
+
+    write: Expr
+    number: Expr
+    read: Expr
+
+
+def corrections(lines: Lines, term: Term) -> tuple[Correction, ...]:
+    """Returns the corrections in a term of a state line, () where it reads no own past; raises Refused where rule 1 forbids them."""
+    reading = [f for f in term.factors if _own(lines, f)]
+    if any(_own(lines, f) for f in term.over):
+        _refuse(lines, f"'{lines.say(term)}' divides by a read of {lines.own}'s own past")
+    if not reading:
+        return ()
+    if len(reading) > 1 or term.state is not None:
+        _refuse(lines, f"'{lines.say(term)}' multiplies {lines.own}'s own past by itself")
+    others = [f for f in term.factors if f is not reading[0]]
+    made = []
+    for read, factor in _split(lines, reading[0]):
+        if read is None:
+            continue
+        factors = [*others, factor]
+        wide = [f for f in (*factors, *term.over) if set(f.dims) & set(read.dims) and f.dims]
+        if not read.dims:
+            _refuse(
+                lines,
+                f"'{lines.respell(read)}' is a number that {lines.own}'s own past makes; only a read by one vector may be written back",
+            )
+        if wide:
+            scaled = wide[0].args[0] if wide[0].op == "neg" else wide[0]
+            help = f"a correction's factor is a number; scale v alone, as in outer(k, {scaled} * v - k @ {lines.own}[t-1])"
+            _refuse(lines, f"'{scaled}' has the dim {read.dims[0]} that the read '{lines.respell(read)}' leaves", help, scaled)
+        write = E.mul(ONE, *(f for f in factors if f.dims))
+        made.append(Correction(write, E.mul(ONE, *(f for f in factors if not f.dims)), read))
+    return tuple(made)
+
+
+def refuse_two_sides(lines: Lines, found: list[Correction]) -> None:
+    """Raises Refused where a state is corrected on both of its sides, or where a read misses a decay on the dim that it leaves."""
+    if len({c.read.attr("dim") for c in found}) > 1:
+        _refuse(lines, f"{lines.own} is corrected on both of its sides", "correct one side: reads of one state contract one dim")
+    up, down = lines.decays.get(lines.own, ((), ()))
+    for c in found:
+        if c.read.attr("at") == "previous" and any(f.dims == c.read.dims for f in up + down):
+            _refuse(
+                lines,
+                f"'{lines.respell(c.read)}' reads the undecayed past, but the decay has the dim {c.read.dims[0]} that the read leaves",
+                f"read the decayed past, as in k @ (decay * {lines.own}[t-1])",
+                c.read,
+            )
+
+
+def _own(lines: Lines, x: Expr) -> bool:
+    return any(r.name == lines.own for r in E.reads(x, "readout"))
+
+
+def _refuse(lines: Lines, message: str, help: str = "", term: Expr | None = None) -> NoReturn:
+    form = f"a state is linear in its own past, on one side: outer(w, c * (r @ {lines.own}[t-1])) with a number c"
+    lines.refuse("nonlinear-state", message, help or form, term)
+
+
+def _split(lines: Lines, x: Expr) -> list[tuple[Expr | None, Expr]]:
+    """Splits a value that is linear in reads of the own past into (read, factor), and (None, the rest)."""
+    if not _own(lines, x):
+        return [(None, x)]
+    if x.op == "readout" and not _own(lines, x.args[0]):
+        return [(x, ONE)]
+    if x.op in ("add", "sub"):
+        right = _split(lines, x.args[1])
+        return _split(lines, x.args[0]) + [(r, f if x.op == "add" else E.neg(f)) for r, f in right]
+    if x.op == "neg":
+        return [(r, E.neg(f)) for r, f in _split(lines, x.args[0])]
+    if x.op == "mul":
+        a, b = x.args
+        if _own(lines, a) and _own(lines, b):
+            _refuse(lines, f"'{lines.respell(x)}' multiplies {lines.own}'s own past by itself", term=x)
+        one, other = (a, b) if _own(lines, a) else (b, a)
+        return [(r, E.mul(other, f)) for r, f in _split(lines, one)]
+    if x.op == "div" and not _own(lines, x.args[1]):
+        return [(r, E.div(f, x.args[1])) for r, f in _split(lines, x.args[0])]
+    _refuse(lines, f"'{lines.respell(x)}' is not a sum of reads of {lines.own}'s own past, each times a number", term=x)
