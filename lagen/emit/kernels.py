@@ -42,7 +42,7 @@ class SweepStatements(Statements):
         axes = (ROW, *n.dims)
         self.loads[closing.name] = closing
         name = f"b_{closing.name}"
-        last = self.spread(Tile("(i_c * BT + o_c == t_last)", (ROW,)), axes)
+        last = self.spread(Tile("(o_t == t_last)", (ROW,)), axes)
         y = self.guarded(writes)
         # the last token's own write meets the final state without decay
         text = f"tl.where({last}, 0.0, {self.spread(y, axes)})"
@@ -159,6 +159,7 @@ class _Kernel:
             share = name in partial or (leaf is not None and ("partial", self.kernel.tile) in leaf.attrs and self.kernel.tile)
             if token:
                 batch = f" + i_b * {name}_sb" + (f" + {head} * {name}_sh" if head else "")
+                batch += f" + t_0 * {name}_st" if self.out.rows else ""
                 lines.append(f"p_{name} = {name}" + batch + (f" + i_y * {name}_sp" if share else ""))
             else:
                 assert leaf is not None
@@ -273,18 +274,18 @@ class _Kernel:
         for hold in self.kernel.holds:
             self.start(hold)
         if any(E.reads(s.value, "suffix") for s in self.kernel.stores) or self.kernel.closings:
-            out.head.append("t_last = tl.minimum((first + count) * BT, T) - 1 if HAS_CLOSING else -1")
+            out.head.append("t_last = tl.minimum(count * BT, m_end) - 1 if HAS_CLOSING else -1")
         news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
         for store in self.kernel.stores:
             self.store(store)
-        for closing in self.kernel.closings:
-            self.close(closing)
         for store in self.kernel.stores:
             for n in E.reads(store.value, "suffix"):
                 self.open(n)
         lines = [*out.lines, *out.across, *(f"b_{h.carry.state} = {new}" for h, new in news)]
         for hold in self.kernel.holds:
             self.finish(hold)
+        for closing in self.kernel.closings:
+            self.close(closing)
         return lines
 
     def start(self, hold: Hold) -> None:
@@ -315,7 +316,7 @@ class _Kernel:
         name = text
         for term in carry.terms:
             if carry.x and carry.y:
-                left, right = out.operand(term.near), out.operand(term.far)
+                left, right = out.operand(term.near), self.written(term.far)
                 text = f"tl.dot(tl.trans({left}), {right}, {name}, input_precision=PRECISION)"
             else:
                 side = term.near if carry.x else term.far
@@ -323,9 +324,19 @@ class _Kernel:
                 value = out.guarded(E.mul(number, side) if side.dims else E.mul(side, number))
                 full = (ROW, *held.axes)
                 spread = out.spread(value, full) if value.axes else f"tl.where(m_t, {value.text}, 0.0)"
+                if self.kernel.closings:
+                    spread = f"tl.where({out.spread(Tile('(o_t != t_last)', (ROW,)), full)}, {spread}, 0.0)"
                 text = f"{name} + tl.sum({spread}, axis=0)"
             name = out.let(f"{held.text}_n", text, held.axes).text
         return name
+
+    def written(self, far: Expr) -> str:
+        """Prints what a sweep writes; where the carries are closed, the segment's last token is left out."""
+        out = self.out
+        if not self.kernel.closings:
+            return out.operand(far)
+        tile = out.guarded(far)
+        return f"tl.where((o_t != t_last)[:, None], {tile.text}, 0.0).to(DT)"
 
     def store(self, store: Store) -> None:
         """Prints a store; partial sums go to their tile's share."""
@@ -337,10 +348,10 @@ class _Kernel:
             text = value.text
         at = [f"p_{b.name}"]
         if b.token and out.rows:
-            at += [f"t_0 * {b.name}_st", out.spread(Tile("o_c", (ROW,)), axes) + f" * {b.name}_st"]
+            at.append(out.spread(Tile("o_t", (ROW,)), axes) + f" * {b.name}_st")
         at += [out.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in b.dims]
         mask = out.mask(axes)
-        where = " + ".join(at[:2] + ([f"({' + '.join(at[2:])})"] if len(at) > 3 else at[2:]))
+        where = " + ".join([at[0]] + ([f"({' + '.join(at[1:])})"] if len(at) > 2 else at[1:]))
         out.lines.append(f"tl.store({where}, {text}" + (f", mask={mask})" if mask else ")"))
 
     def open(self, n: Expr) -> None:
@@ -362,49 +373,32 @@ class _Kernel:
         return (f"{name} + ({index}) * NY + i_y" if partial else f"{name} + {index}"), ""
 
     def close(self, closing: Closing) -> None:
-        """Prints what the final states' gradient adds to a suffix sum: its inner product with all that decayed into the last token."""
+        """Prints what the final states' gradient adds to a suffix sum: its inner product with all that decayed into the last token.
+
+        The sweep's carries left the last token's own write out, so they hold just that after the loop.
+        """
         out, b = self.out, closing.buffer
         lines, out.lines = out.lines, []
-        kept = dict(out.tiles)
         parts = []
         for name in closing.states:
             hold = next(h for h in self.kernel.holds if h.carry.state == name)
             state, carry = self.states[name], hold.carry
             held = out.tiles[carry.value]
-            text = " * ".join([held.text, *(out.spread(out.wide(f), held.axes) for f in carry.factors)])
-            for term in carry.terms:
-                if carry.x and carry.y:
-                    right = self.without_last(term.far)
-                    text = f"tl.dot(tl.trans({out.operand(term.near)}), {right}.to(DT), {text}, input_precision=PRECISION)"
-                else:
-                    side, number = (term.near, term.far) if carry.x else (term.far, E.ONE)
-                    text = f"{text} + tl.sum({self.without_last(E.mul(number, side) if side.dims else E.mul(side, number))}, axis=0)"
-            decayed = out.let(f"b_{name}_last", text, held.axes)
-            pointer = f"dfinal_{name}"
-            if pointer not in [p for p, _ in self.pointers]:
-                self.pointers.append((pointer, state))
+            self.pointers.append((f"dfinal_{name}", state))
             place, mask = self.place(state, carry), out.mask(held.axes)
-            load = f"tl.load({self.point(pointer, state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
+            load = f"tl.load({self.point(f'dfinal_{name}', state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
             if state.head != self.top:
                 load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
-            text = f"{decayed.text} * {load}"
+            text, axes = f"{held.text} * {load}", list(held.axes)
             for axis in reversed(held.axes):
                 if axis not in b.dims:
-                    text = f"tl.sum({text}, axis={[a for a in held.axes if a in b.dims or a == axis].index(axis) if b.dims else held.axes.index(axis)})"
-            parts.append(out.let("b_close", text, b.dims).text)
+                    text = f"tl.sum({text}, axis={axes.index(axis)})"
+                    axes.remove(axis)
+            parts.append(out.let(f"b_{name}_end", text, b.dims).text)
         at, mask = self.closing_point(b.name, b.dims, b.partial)
         out.lines.append(f"tl.store({at}, {' + '.join(parts)}{mask.replace(', other=0.0', '')})")
-        inner, out.lines = out.lines, lines
-        out.tiles = kept
-        out.lines += ["if HAS_CLOSING:", "    if i == count - 1:", *(f"        {x}" for x in inner)]
-
-    def without_last(self, n: Expr) -> str:
-        """Prints ``n`` with the segment's last token masked away."""
-        out = self.out
-        tile = out.guarded(n)
-        axes = tile.axes if ROW in tile.axes else (ROW, *tile.axes)
-        last = out.spread(Tile("(i_c * BT + o_c < t_last)", (ROW,)), axes)
-        return f"tl.where({last}, {out.spread(tile, axes) if tile.axes else tile.text}, 0.0)"
+        self.after += ["if HAS_CLOSING:", *(f"    {x}" for x in out.lines)]
+        out.lines = lines
 
     def finish(self, hold: Hold) -> None:
         """Prints the store of a carry after the last chunk."""

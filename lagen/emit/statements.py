@@ -152,12 +152,8 @@ class Statements:
         axes = self.axes(n)
         lanes = [self.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
         if n.token and self.rows:
-            rows = self.spread(Tile("o_c", (ROW,)), axes)
-            # the chunk's first row in 64 bits, offsets inside the chunk in 32
-            offset = " + ".join([f"{rows} * {n.name}_st", *lanes])
-            at = f"p_{n.name} + t_0 * {n.name}_st + ({offset})" if len(axes) > 1 else f"p_{n.name} + t_0 * {n.name}_st + {offset}"
-        else:
-            at = " + ".join([f"p_{n.name}", *lanes])
+            lanes.insert(0, f"{self.spread(Tile('o_t', (ROW,)), axes)} * {n.name}_st")
+        at = " + ".join([f"p_{n.name}", f"({' + '.join(lanes)})" if len(lanes) > 1 else lanes[0]] if lanes else [f"p_{n.name}"])
         mask = self.mask(axes)
         return self.let(f"b_{n.name}", f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})", axes, raw=True)
 
@@ -192,6 +188,8 @@ class Statements:
     def make_pow(self, n: Expr) -> Tile:
         """Prints a constant power by products, roots and reciprocals, else through the logarithm."""
         x = self.wide(n.args[0])
+        if n.args[0].op in ("size", "const"):
+            return Tile(f"{x.text}**{n.value!r}", ())
         p = abs(n.value)
         if p in (1.0, 2.0, 3.0, 4.0):
             text = " * ".join([x.text] * int(p))
@@ -210,11 +208,21 @@ class Statements:
         a, b = n.args
         if len(a.dims) != 1 or len(b.dims) != 1:
             raise NotImplementedError(f"no Triton form for a matrix in {n}")
+        for pair in ((a, b), (b, a)):
+            scores = Expr("gram", pair, dims=(COL,), token=True)
+            if scores in self.uses and self.rows:  # the pair scores are at hand: take their diagonal
+                return self.let("b_d", f"tl.sum(tl.where({self.diagonal()}, {self.tile(scores).text}, 0.0), axis=1)", (ROW,))
         full = (ROW, *a.dims) if self.rows and (a.token or b.token) else a.dims
         clean, other = (a, b) if zero_preserving(a) else (b, a)
         left = self.spread(self.guarded(clean), full)
         right = self.spread(self.wide(other) if finite(other) else self.guarded(other), full)
         return self.let("b_d", f"tl.sum({left} * {right}, axis={len(full) - 1})", full[:-1])
+
+    def diagonal(self) -> str:
+        """Names the mask of a token with itself."""
+        if (line := "m_own = o_c[:, None] == o_c[None, :]") not in self.head:
+            self.head.append(line)
+        return "m_own"
 
     def make_sum(self, n: Expr) -> Tile:
         """Prints a sum over a vector."""
@@ -374,15 +382,12 @@ class Statements:
             if far != E.ONE:
                 text = f"tl.sum({weights.text} * {self.tile(Expr('col', (far,), dims=(COL,), token=True)).text}[None, :], axis=1)"
             return self.let("b_o", text, (ROW,))
-        if onto is not None and self.axes(onto) == self.axes(n):
-            base = self.wide(onto)
-            return self.let(
-                "b_o", f"tl.dot({weights.text}.to(DT), {self.operand(far)}, {base.text}, input_precision=PRECISION)", self.axes(n)
-            )
-        tile = self.let("b_o", f"tl.dot({weights.text}.to(DT), {self.operand(far)}, input_precision=PRECISION)", self.axes(mix))
-        if onto is None:
-            return tile
-        return self.let("b_o", f"{tile.text} + {self.spread(self.wide(onto), self.axes(n))}", self.axes(n))
+        axes = self.axes(n)
+        base = self.wide(onto) if onto is not None else None
+        onto_it = f", {base.text}" if base is not None and base.axes == axes else ""
+        text = f"tl.dot({weights.text}.to(DT), {self.operand(far)}{onto_it}, input_precision=PRECISION)"
+        tile = self.let("b_o", text, self.axes(mix))
+        return tile if base is None or onto_it else self.let("b_o", f"{tile.text} + {self.spread(base, axes)}", axes)
 
     def make_inter(self, n: Expr) -> Tile:
         """Prints what the carry holds for every token of the chunk."""

@@ -346,7 +346,8 @@ class _Pass:
                 Kernel(
                     f"{self.name}_{way}_{tile or 'all'}".lower(),
                     "sweep",
-                    tuple(replace(s, value=merge(lower(s.value))) for s in stores),
+                    # numbers before vectors: a sum over a vector is taken while it is there, and what is added to it later goes in place
+                    tuple(replace(s, value=merge(lower(s.value))) for s in sorted(stores, key=lambda s: len(s.value.dims))),
                     f"readouts that keep {tile or 'nothing'}, {'reversed' if reverse else 'in order'}",
                     tile,
                     reverse,
