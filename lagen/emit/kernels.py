@@ -164,6 +164,10 @@ class _Kernel:
             else:
                 assert leaf is not None
                 size = " * ".join(leaf.dims)
+                if leaf.op == "stored":  # one for each batch element and head
+                    state = State(name, self.heads[name], leaf.dims, (), ())
+                    lines.append(f"p_{name} = {self.point(name, state, '')}")
+                    continue
                 lines.append(f"p_{name} = {name}" + (f" + {head} * {size}" if head and size else f" + {head}" if head else ""))
         return lines
 
@@ -299,7 +303,7 @@ class _Kernel:
             return
         self.pointers.append((hold.source, state))
         place, mask = self.place(state, carry), self.out.mask(tile.axes)
-        at = self.point(hold.source, state, "i_s")
+        at = self.point(hold.source, state, "i_s" if carry.updated else "")
         load = f"tl.load({at} + {place}, mask={mask}, other=0.0)" if place else f"tl.load({at})"
         if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
             load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"

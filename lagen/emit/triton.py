@@ -67,6 +67,7 @@ class _Module:
         buffers = [s.buffer for k in plan.forward + plan.backward + plan.step for s in k.stores]
         self.buffers = {b.name: b for b in buffers}
         self.heads |= {b.name: b.head for b in buffers if b.name not in self.heads}
+        self.heads |= {f"total_{s.name}": s.head for s in plan.states if not s.causal}
         self.heads |= {c.buffer.name: self.top for k in plan.backward for c in k.closings}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
 
@@ -186,6 +187,10 @@ class _Module:
                 lines.append(f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)")
             else:
                 lines.append(f"{b.name} = torch.empty({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
+        for h in k.holds:
+            if h.sink.startswith("total_"):
+                state = self.states[h.carry.state]
+                lines.append(f"{h.sink} = torch.empty({self.state_shape(state, False)}, dtype=torch.float32, device=device)")
         for c in k.closings:
             b = c.buffer
             tail = [*b.dims] or ([f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else [])
@@ -220,6 +225,8 @@ class _Module:
         warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("4", "2")
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
+            if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
+                lines.append("NSEG, SEG = triton.cdiv(T, BT), 1")
             args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
@@ -250,7 +257,7 @@ class _Module:
 
     def token(self, name: str) -> bool:
         """Tells whether a tensor has batch and time."""
-        if any(c.buffer.name == name for k in self.plan.backward for c in k.closings):
+        if name.startswith("total_") or any(c.buffer.name == name for k in self.plan.backward for c in k.closings):
             return False
         if name in self.buffers and not any(t.name == name for t in self.tensors):
             return self.buffers[name].token

@@ -18,6 +18,7 @@ from lagen.ir import expr as E
 from lagen.ir.expr import Expr, walk
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
+from lagen.ir.chunk import Carry
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
 from lagen.passes.lower_rows import lower_rows
@@ -33,8 +34,9 @@ Key = tuple[bool, str]
 
 def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     """Plans forward, backward and step of ``recurrence``."""
-    lowered = _map_recurrence(recurrence, lower_rows)
-    back = _map_adjoint(simplify(adjoint), lower_rows)
+    free = {s.name: s for s in recurrence.states + adjoint.states}
+    lowered = _map_recurrence(recurrence, lambda e: _totals(lower_rows(e), free))
+    back = _map_adjoint(simplify(adjoint), lambda e: _totals(lower_rows(e), free))
     prepared = _prepared(lowered, back)
     table = {n: b.leaf for n, b in prepared.items()}
     core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
@@ -68,12 +70,29 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         (*prepare, *forward.kernels({s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states})),
         backward.kernels(
             {s.name: (f"initial_{s.name}", "") for s in core.states}
-            | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states}
+            | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states},
+            given=core.states,
         ),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
-        (*prepared.values(), *kept.values()),
+        (*prepared.values(), *kept.values(), *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
     )
+
+
+def _total(s: State) -> Buffer:
+    """Names the buffer of a state that is summed over all tokens."""
+    return Buffer(f"total_{s.name}", s.head, s.dims, False, "float32")
+
+
+def _totals(e: Expr, states: dict[str, State]) -> Expr:
+    """Turns free reads of a vector summed over all tokens into loads: to a sweep they are like params."""
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op == "readout" and n.attr("at") == "all" and n.attr("dim") == "" and n.dims:
+            return E.mul(_totals(n.args[0], states), _total(states[n.name]).leaf)
+        return None
+
+    return E.rewrite(e, rule)
 
 
 # ---- values as a whole ----------------------------------------------------------------------------------------------------------
@@ -312,14 +331,48 @@ class _Pass:
 
         return E.rewrite(e, rule)
 
-    def kernels(self, ends: dict[str, tuple[str, str]]) -> tuple[Kernel, ...]:
-        """Makes the launches: sweeps in order of need, then the finish; ``ends`` are the buffers of carries."""
+    def sums(self, given: tuple[State, ...]) -> list[Kernel]:
+        """Makes a launch for each state that is a sum over all tokens and not among ``given``."""
         out = []
+        for state in self.states.values():
+            if state.causal or state in given:
+                continue
+            x, tile = (state.dims[0], state.dims[1]) if len(state.dims) == 2 else ("", (*state.dims, "")[0])
+            inner = {
+                (n.name, n.attr("dim")): carry_of(self.states[n.name], n.attr("dim"), updated=False)
+                for w in state.writes
+                for side in (w.row, w.col)
+                for n in E.reads(side, "readout")
+            }
+
+            def lower(e: Expr, inner: dict[tuple[str, str], Carry] = inner) -> Expr:
+                return self.lower(e, inner)
+
+            carry = carry_of(_map_state(state, lower), x)
+            total = _total(state).name
+            holds = (Hold(carry, "", total), *(Hold(c, f"total_{c.state}", "") for c in inner.values()))
+            out.append(Kernel(f"{self.name}_{total}".lower(), "sweep", (), f"the sum of {state.name} over all tokens", tile, False, holds))
+        return out
+
+    def lower(self, e: Expr, carries: dict[tuple[str, str], Carry]) -> Expr:
+        """Lowers every readout in ``e`` over the given carries."""
+
+        def rule(n: Expr) -> Expr | None:
+            if n.op != "readout":
+                return None
+            vector = self.lower(n.args[0], carries)
+            return lower_readout(E.rebuild(n, (vector,)), self.states[n.name], carries[n.name, n.attr("dim")])
+
+        return E.rewrite(e, rule)
+
+    def kernels(self, ends: dict[str, tuple[str, str]], given: tuple[State, ...] = ()) -> tuple[Kernel, ...]:
+        """Makes the launches: sums over all tokens, sweeps in order of need, then the finish; ``ends`` are the buffers of carries."""
+        out = self.sums(given)
         sunk: set[str] = set()
         for key in sorted(self.sweeps, key=lambda k: k[0]):
             stores = self.sweeps[key]
             reverse, tile = key
-            carries = {}
+            carries: dict[tuple[str, str], Carry] = {}
             for n in dict.fromkeys(n for n, k in self.home.items() if k == key and n.op == "readout"):
                 state = self.states[n.name]
                 updated = n.attr("at") != "all"
@@ -327,17 +380,12 @@ class _Pass:
             if not carries:
                 continue
 
-            def lower(e: Expr, carries: dict[tuple[str, str], object] = carries) -> Expr:
-                return E.rewrite(
-                    e,
-                    lambda n: lower_readout(n, self.states[n.name], carries[n.name, n.attr("dim")])  # type: ignore[arg-type]
-                    if n.op == "readout"
-                    else None,
-                )
+            def lower(e: Expr, carries: dict[tuple[str, str], Carry] = carries) -> Expr:
+                return self.lower(e, carries)
 
             holds = []
             for c in carries.values():
-                source, sink = ends[c.state]
+                source, sink = ends[c.state] if c.updated else (f"total_{c.state}", "")
                 holds.append(Hold(c, source, "" if c.state in sunk else sink))
                 sunk.add(c.state)
             closings = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
