@@ -133,7 +133,9 @@ class Lines:
             vector = self.respell(n.args[0])
             if vector.op == "expand":
                 return E.mul(vector.args[0], E.reduce("sum", leaf))
-            return E.contract(vector, leaf) if n.attr("dim") else E.mul(vector, leaf)
+            if not n.attr("dim"):
+                return E.mul(vector, leaf)
+            return E.contract(leaf, vector) if n.attr("dim") == state.dims[-1] and len(state.dims) == 2 else E.contract(vector, leaf)
 
         return E.rewrite(x, rule)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lagen.ir.expr import Expr
+from lagen.ir.expr import Expr, contract
 from lagen.ir.variant import OutputLine, Span, StateLine, Variant
 from lagen.spec.mistakes import Mistake, SpecErrors
 from lagen.spec.read import read_places
@@ -64,8 +64,9 @@ def place(variant: Variant, line: Line, term: Expr | None) -> Span:
         return line.span
     _, places = read_places(variant.source, variant.path)
     found = places.get(line.name, {})
-    if term in found:
-        return found[term]
+    for spelling in (term, contract(*reversed(term.args)) if term.op == "contract" else term):
+        if spelling in found:
+            return found[spelling]
     return _search(variant.source, line.span, str(term))
 
 
