@@ -276,6 +276,8 @@ WARNINGS = [
     ("domain", output("«g ** 0.5» * (q @ S[t])")),
     ("write-weight", state("S[t-1] + «exp(g)» * outer(k, v)")),
     ("delta-gain", state("S[t-1] + outer(k, v - «k @ S[t-1]»)")),
+    ("delta-gain", state("S[t-1] + 3 * outer(n, v - «n @ S[t-1]»)", "define:\n  n: l2norm(k)\n")),
+    ("delta-gain", state("S[t-1] + g * outer(k, v - «k @ S[t-1]»)", "assume:\n  - g * dot(k, k) <= 2\n")),
 ]
 QUIET = [
     output("(q @ S[t]) / (1 + exp(g))"),
@@ -286,6 +288,9 @@ QUIET = [
     state("S[t-1] + exp(g) * outer(k, v)", "assume:\n  - g <= 0\n"),
     state("S[t-1] + exp(-softplus(g)) * outer(k, v)"),
     state("S[t-1] + outer(k, v - k @ S[t-1])", "assume:\n  - dot(k, k) <= 2\n"),
+    state("S[t-1] + g * outer(k, v - k @ S[t-1])", "assume:\n  - abs(g) * dot(k, k) <= 2\n"),
+    state("S[t-1] + outer(g * k, v - k @ S[t-1])", "assume:\n  - g >= 0\n  - g * dot(k, k) <= 2\n"),
+    state("S[t-1] + outer(g * k, v - q @ S[t-1])"),
     state("S[t-1] + 2 * sigmoid(g) * outer(n, v - n @ S[t-1])", "define:\n  n: l2norm(k)\n"),
     state("S[t-1] + sigmoid(g) * outer(k, v - k @ S[t-1])", "assume:\n  - sum(k * k) <= 1\n  - dot(k, k) <= 1\n"),
 ]

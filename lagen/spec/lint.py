@@ -65,7 +65,8 @@ class _Line:
                 if inside[0] < 0.0:
                     name = "**" if node.op == "pow" else node.op
                     message = f"'{name}' of what may be negative: it is in {shown(inside)}"
-                    yield self.warn("domain", node, message, f"assume `{_short(node.args[0])} >= 0`, or write max(x, 1e-6)")
+                    assume = "" if E.reads(node, "past", "now") else f"assume `{_short(node.args[0])} >= 0`, or "
+                    yield self.warn("domain", node, message, f"{assume}write max(x, 1e-6)")
                     continue
             if below is not None and not self.away_from_zero(below):
                 inside = self.bounds.interval(below)
@@ -93,15 +94,26 @@ class _Line:
         """Warns of a delta rule whose gain may exceed 2: there the state oscillates and grows."""
         for _, term in terms(self.line.expr):
             for node in (f for f in _whole_factors(term) if f.op == "outer" and mentions(f, self.line.name)):
-                outside = [f for f in _factors(term, False) if not f.dims]
+                outside = [f for f in _whole_factors(term) if not f.dims]
                 for side, other in (node.args, node.args[::-1]):
                     for read in (n for n in walk(other) if n.op == "contract" and mentions(n, self.line.name)):
-                        gain = _gain(outside, side, [a for a in read.args if not mentions(a, self.line.name)])
+                        gain = self.gain(outside, side, [a for a in read.args if not mentions(a, self.line.name)])
                         if gain is not None and self.bounds.interval(gain)[1] > 2.0:
                             message = f"the gain {_short(gain)} of this delta rule may exceed 2"
-                            yield self.warn(
-                                "delta-gain", read, message, f"assume `{_short(gain)} <= 2`, or normalise: l2norm(k) and a gate in [0, 2]"
-                            )
+                            help = f"assume `{_short(gain)} <= 2`, or normalise: l2norm(k) and a gate in [0, 2]"
+                            yield self.warn("delta-gain", read, message, help)
+
+    def gain(self, outside: list[Expr], write: Expr, reads: list[Expr]) -> Expr | None:
+        """Returns |scalars| * dot(k, k) of a correction that writes and reads along one vector k, None where they differ."""
+        if len(reads) != 1:
+            return None
+        wrote, read = _split(write), _split(reads[0])
+        along = [f for f in wrote if f.dims]
+        if along != [f for f in read if f.dims] or not along:
+            return None
+        scalars = [*outside, *(f for f in wrote + read if not f.dims)]
+        k = E.mul(*along)
+        return E.mul(*(f if self.bounds.interval(f)[0] >= 0.0 else E.call("abs", f) for f in scalars), E.contract(k, k))
 
 
 def _short(e: Expr) -> str:
@@ -132,14 +144,8 @@ def _whole_factors(e: Expr) -> Iterator[Expr]:
         yield e
 
 
-def _gain(outside: list[Expr], write: Expr, reads: list[Expr]) -> Expr | None:
-    """Returns |scalars| * dot(k, k) of a correction that writes and reads along one vector k, None where they differ."""
-    if len(reads) != 1:
-        return None
-    wrote, read = [list(_factors(x, True)) for x in (write, reads[0])]
-    if [f for f in wrote if f.dims] != [f for f in read if f.dims] or any(len(f.dims) != 1 for f in wrote if f.dims):
-        return None
-    scalars = [*outside, *(f for f in wrote + read if not f.dims and f.op != "const")]
-    k = E.mul(*(f for f in wrote if f.dims))
-    unique = E.mul(*dict.fromkeys(scalars))
-    return E.mul(unique, E.contract(k, k))
+def _split(e: Expr) -> list[Expr]:
+    """Lists the factors of a product; quotients stay whole."""
+    if e.op == "neg":
+        return _split(e.args[0])
+    return [f for a in e.args for f in _split(a)] if e.op == "mul" else [e]
