@@ -522,13 +522,20 @@ def _log_form(e: Expr, bounds: Bounds) -> Expr:
 
 @dataclass(frozen=True)
 class Proof:
-    """How a log-decay was shown to be <= 0 (``text``), or, where ``holds`` is False, the interval found and ``wanted``: an assumption
-    in the spec language that would settle it."""
+    """How a log-decay was shown to be <= 0 (``text``), or, where ``holds`` is False, the interval found and ``wanted``: assumptions
+    in the spec language that would settle it, none where it is false whatever is assumed."""
 
     holds: bool
     text: str
     interval: Interval
-    wanted: str = ""
+    wanted: tuple[str, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """Returns what to write so that the proof holds."""
+        if not self.wanted:
+            return "write a factor of at most 1"
+        return f"add {' and '.join(f'`- {w}`' for w in self.wanted)} to assume, where that is so"
 
 
 def prove_nonpositive(log: Expr, assumptions: Iterable[Expr] = (), names: Mapping[Expr, str] | None = None) -> Proof:
@@ -543,27 +550,27 @@ def _tried(log: Expr, facts: tuple[Expr, ...], names: dict[Expr, str]) -> Proof:
     for node in walk(log):
         if node.op == "log" and bounds.interval(node.args[0])[0] < 0.0:
             inside, text = bounds.interval(node.args[0]), show(node.args[0], names)
-            return Proof(False, f"{text} is in {shown(inside)}, so its log may not exist", inside, f"{text} >= 0")
+            return Proof(False, f"{text} is in {shown(inside)}, so its log may not exist", inside, (f"{text} >= 0",))
     bounds.used.clear()
     found = bounds.interval(log)
     text = f"{show(log, names)} is in {shown(found)}"
     if found[1] <= SLACK:
         return Proof(True, f"{text} by {' and '.join(bounds.used) or 'intervals'}", found)
     wanted = f"{show(log.args[0], names)} <= 1" if log.op == "log" else f"{show(log, names)} <= 0"
-    return Proof(False, f"{text}, so the decay may grow the state", found, wanted)
+    return Proof(False, f"{text}, so the decay may grow the state", found, (wanted,))
 
 
-def _wanted(log: Expr, facts: tuple[Expr, ...], whole: str) -> str:
-    """Returns an assumption that would settle it: about one tensor where that is enough, else about the whole."""
+def _wanted(log: Expr, facts: tuple[Expr, ...], whole: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns assumptions that would settle it: about one tensor where that is enough, else about the whole."""
     leaves = [n for n in walk(log) if n.op in ("input", "param")]
     if not leaves:
-        return "" if all(n.op in ("const", "size") for n in walk(log) if not n.args) else whole
+        return () if all(n.op in ("const", "size") for n in walk(log) if not n.args) else whole
     for leaf in leaves:
         below, above = E.call("le", leaf, E.ZERO), E.call("ge", leaf, E.ZERO)
         inside = (above, E.call("le", leaf, E.ONE))
         for more in ((below,), (above,), inside):
             if Bounds((*facts, *more)).interval(leaf) != (0.0, 0.0) and _tried(log, (*facts, *more), {}).holds:
-                return " and ".join(str(m) for m in more)
+                return tuple(str(m) for m in more)
     return whole
 
 

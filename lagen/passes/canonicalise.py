@@ -111,7 +111,7 @@ def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr,
     for dims, proof in proofs.items():
         if not proof.holds:
             message = f"the state {line.name} may grow: the log of its decay '{factors[dims]}' is not provably <= 0; {proof.text}"
-            lines.refuse("decay-grows", message, f"add `- {proof.wanted}` to assume, where that is so", factors[dims])
+            lines.refuse("decay-grows", message, proof.advice, factors[dims])
     kept = {dims: log for dims, log in logs.items() if log != E.ZERO}
     decay = tuple(E.call("logdecay", log) for log in kept.values())
     return decay, (up, down), tuple(f"{line.name}: {proofs[dims].text}" for dims in kept)
