@@ -27,7 +27,7 @@ from lagen.passes.digest import identity
 SUPPORT = ("signature", "dispatch", "operator", "chunked", "cpp")
 """The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
 
-PRINTED = ("triton",)
+PRINTED = ("cpp", "triton")
 """The backends beside torch."""
 
 Formula = int | str | tuple[str, "Formula", "Formula"]
@@ -57,7 +57,7 @@ def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: 
     kernels = _kernels(recurrence, adjoint) if "triton" in printed else ""
     step = "torch_step" if variant.causal else "None"
     backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True)")]
-    cpp = render_cpp(recurrence, adjoint)
+    cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
     if not isinstance(cpp, Fallback):
         backends.append(BackendText("cpp", f"Backend(cpp.forward, cpp.backward, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
     if kernels:

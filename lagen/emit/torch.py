@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lagen.ir.expr import Expr, number, reads, show, walk
+from lagen.ir.expr import HEADS, Expr, number, reads, show, walk
 from lagen.ir.plan import Buffer, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.scalar import FUNCTIONS
@@ -58,18 +58,23 @@ def _forward(r: Recurrence) -> str:
 
 
 def _backward(a: Adjoint) -> str:
+    """Prints the backward. Every cotangent in it stands on the widest head, what a narrower one shares being dealt out in equal parts:
+    a gradient is linear in them, so one sum at the end gathers the parts, and nothing is counted once a head on the way.
+    """
     r = a.recurrence
     p = _Printer(r)
     p.head(r.inputs, r.params)
+    p.wide = max((t.head for t in r.inputs + r.params), key=HEADS.index)
     for i, t in enumerate(a.cotangents):
-        p.leaf(t, f"d_outputs[{i}]")
+        p.leaf(t, f"d_outputs[{i}]", cotangent=True)
     used = _states_needed(a)
     p.plan([*_bodies(used), *_bodies(a.states), *(e for _, e in a.gradients)])
     edges = {s.name: p.edge(s, i, "initial_states") for i, s in enumerate(r.states)}
     causal = all(s.causal for s in r.states)
     index = {s.name: i for i, s in enumerate(r.states)}
     edges |= {s.name: p.edge(s, index[s.name[1:]], "d_final_states") for s in a.states}
-    p.states((*used, *a.states), edges)
+    p.states(used, edges)
+    p.states(a.states, edges, back=True)
     grads = {n: e for n, e in a.gradients}
     tokens = [p.lowered(p.text(grads[t.name]), t.head, t.dims, f"inputs[{i}]") for i, t in enumerate(r.inputs)]
     whole = [p.summed(p.text(grads[t.name]), t, f"params[{i}]") for i, t in enumerate(r.params)]
@@ -178,6 +183,7 @@ class _Printer:
 
     recurrence: Recurrence
     step: bool = False
+    wide: str = ""  # the head that cotangents stand on
     lines: list[str] = field(default_factory=list)
     done: dict[Expr, tuple[str, int]] = field(default_factory=dict)
     uses: Counter[Expr] = field(default_factory=Counter)
@@ -242,15 +248,18 @@ class _Printer:
             self.leaf(t, f"params[{i}]")
         self.line(f"like = {self.done[_leaf(inputs[0])][0]}")
 
-    def leaf(self, t: Tensor, source: str) -> None:
+    def leaf(self, t: Tensor, source: str, cotangent: bool = False) -> None:
         """Prints the line that brings one tensor to the prelude's layout."""
         name = self.fresh(t.name)
         axis = self.axis if t.token else 0
         heads = "(H, G)" if t.head == "HV" else "None"
         swap = ".transpose(-1, -2)" if list(t.dims) != sorted(t.dims) else ""
         lead = ("B, " if self.step else "B, T, ") if t.token else ""
-        comment = f"[{lead}{', '.join([self.heads(t.head), *sorted(t.dims)])}]"
-        self.line(f'{name} = chunked.lift({source}, {axis}, "{t.head}", {heads}, dtype){swap}  # {comment}')
+        text = f'chunked.lift({source}, {axis}, "{t.head}", {heads}, dtype){swap}'
+        if cotangent and t.head != self.wide:
+            text = f"chunked.share({text}, {axis}, ({self.heads(self.wide)}))"
+        comment = f"[{lead}{', '.join([self.heads(self.wide if cotangent else t.head), *sorted(t.dims)])}]"
+        self.line(f"{name} = {text}  # {comment}")
         self.done[_leaf(t)] = (name, _ATOM)
 
     def lowered(self, text: str, head: str, dims: tuple[str, ...], like: str) -> str:
@@ -272,11 +281,13 @@ class _Printer:
             return "None"
         heads = "(H, G)" if s.head == "HV" else "None"
         given = f'chunked.lift({group}[{index}], 1, "{s.head}", {heads}, dtype)'
+        if s.reverse and s.head != self.wide:
+            given = f"chunked.share({given}, 1, ({self.heads(self.wide)}))"
         none = "None" if s.init == 0.0 else f"like.new_full({self.shape('B', s.head, s.dims)}, {s.init!r})"
         return f"{none} if {group} is None else {given}"
 
-    def states(self, states: Sequence[State], edges: dict[str, str]) -> None:
-        """Prints states in stage order, each after the values it writes."""
+    def states(self, states: Sequence[State], edges: dict[str, str], back: bool = False) -> None:
+        """Prints states in stage order, each after the values it writes; ``back``: those of the backward."""
         for s in states:
             name = self.state_names[s.name] = self.fresh(s.name)
             self.by_name[s.name] = s
@@ -284,8 +295,9 @@ class _Printer:
             writes = ", ".join(f"({self.text(w.row)}, {self.text(w.col)}{f})" for w, f in zip(s.writes, flag, strict=True))
             options = (", reverse=True" if s.reverse else "") + ("" if s.causal else ", causal=False")
             self.line(f"edge = {edges[s.name]}")
+            head = self.wide if back else s.head
             self.line(
-                f"{name} = chunked.State({_names(s.dims)}, {self.shape('B', s.head, s.dims)}, T, "
+                f"{name} = chunked.State({_names(s.dims)}, {self.shape('B', head, s.dims)}, T, "
                 f"[{writes}], {self.decay(s)}, edge, like{options})"
             )
 
@@ -392,7 +404,7 @@ class _Printer:
         keep = "".join(e.dims)
         closings = ", ".join(f'{self.state_names[s]}.closing({self.state_names[f"d{s}"]}, "{keep}")' for s in e.attr("states").split())
         x, y = (self.text(a) for a in e.args)
-        return f"chunked.suffix({x}, {y}, [{closings}], {self.shape('B, T', e.head, e.dims)}, like)"
+        return f"chunked.suffix({x}, {y}, [{closings}], {self.shape('B, T', self.wide, e.dims)}, like)"
 
     def row(self, e: Expr) -> tuple[str, int]:
         """Returns the text of an op on a token's own vector."""

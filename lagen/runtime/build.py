@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lagen import __version__
-from lagen.emit.render import render, render_package, support
+from lagen.emit.render import PRINTED, render, render_package, support
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
@@ -27,11 +27,11 @@ class BuildRefused(Exception):
     """Says why a folder is not written to, and what to do."""
 
 
-def generate(variant: Variant) -> str:
-    """Compiles a variant to the text of its module; raises the refusals of canonicalise."""
+def generate(variant: Variant, printed: Sequence[str] = PRINTED) -> str:
+    """Compiles a variant to the text of its module; raises the refusals of canonicalise. ``printed`` as for render."""
     recurrence = canonicalise(variant)
     adjoint = differentiate(recurrence)
-    source = render(variant, recurrence, adjoint)
+    source = render(variant, recurrence, adjoint, printed)
     for stage, value in (("variant", variant), ("recurrence", recurrence), ("adjoint", adjoint), ("source", source)):
         dump(stage, value)
     return source

@@ -44,6 +44,12 @@ def _split(x: Tensor, axis: int, *sizes: int) -> Tensor:
     return x.unflatten(axis, sizes)  # type: ignore[no-any-return]
 
 
+def share(x: Tensor, axis: int, heads: tuple[int, int]) -> Tensor:
+    """Deals a cotangent out to all ``heads`` that its head serves, in equal parts: what comes of the parts adds up again."""
+    wide = x.expand(*x.shape[:axis], *heads, *x.shape[axis + 2 :])
+    return wide * (x.shape[axis] * x.shape[axis + 1] / max(heads[0] * heads[1], 1))
+
+
 def join(x: Tensor, axis: int, head: str) -> Tensor:
     """Joins the head axes [H, G] at ``axis`` to what the tensor outside has."""
     if head == "HV":
@@ -298,7 +304,7 @@ class State:
         """Returns <dS_T, exp(g_T) * S_{T-1}> summed to the dim ``keep`` ("" for none), where ``back`` starts from a given dS_T."""
         if not back.given:
             return 0.0
-        product = back.edge.reshape(self.shape) * self.decayed_final
+        product = back.edge.reshape(back.shape) * self.decayed_final
         axes = [i - len(self.dims) for i, d in enumerate(self.dims) if d != keep]
         return (product.sum(axes) if axes else product).unsqueeze(1)
 
@@ -321,10 +327,8 @@ class State:
             out = self._carried(x, side, at)
             for row, col, decayed in self.writes:
                 read, left = (row, col)[side], (row, col)[kept]
-                weights = self._gram(x, read, side, at, decayed)
-                out = out + self._mix(weights, left, kept, at, decayed)
-        wanted = (*torch.broadcast_shapes(x.shape[:3], self.edge.shape[:3]), *out.shape[3:])
-        joined = self._join(sum_to(out, wanted, self.like))
+                out = out + self._mix(self._gram(x, read, side, at, decayed), left, kept, at, decayed)
+        joined = self._join(out)
         return joined if len(self.dims) - bool(over) else joined.squeeze(-1)
 
     def _face(self, state: Tensor, side: int) -> Tensor:
