@@ -98,9 +98,13 @@ class _Kernel:
 
     def print(self) -> Printed:
         """Prints the whole kernel."""
-        body = {"sweep": self.sweep, "step": self.step, "tokens": self.tokens}[self.kernel.kind]()
+        body = {"sweep": self.sweep, "step": self.step, "tokens": self.tokens, "chunks": self.chunks}[self.kernel.kind]()
         dims = self.dims()
-        before = self.offsets(dims) + self.out.head + self.bases() + self.before
+        offsets = self.offsets(dims)
+        if self.kernel.kind == "chunks":  # offsets of the dim that the kernel loops over change with the loop
+            body = [x for x in offsets if x.startswith((f"o_{self.kernel.tile.lower()} ", f"m_{self.kernel.tile.lower()} "))] + body
+            offsets = [x for x in offsets if x not in body and not x.startswith("o_c ")]
+        before = offsets + self.out.head + self.bases() + self.before
         signature = self.signature(dims)
         prelude = sorted(self.out.prelude)
         template = environment().get_template(f"triton/{self.kernel.kind}.py.j2")
@@ -156,10 +160,12 @@ class _Kernel:
                 continue
             if stored and not token:
                 continue
+            per = stored.per if stored else dict(leaf.attrs).get("per", "") if leaf is not None else ""
+            token = token or bool(per)
             share = name in partial or (leaf is not None and ("partial", self.kernel.tile) in leaf.attrs and self.kernel.tile)
             if token:
                 batch = f" + i_b * {name}_sb" + (f" + {head} * {name}_sh" if head else "")
-                batch += f" + t_0 * {name}_st" if self.out.rows else ""
+                batch += f" + {'first' if per else 't_0'} * {name}_st" if self.out.rows else ""
                 lines.append(f"p_{name} = {name}" + batch + (f" + i_y * {name}_sp" if share else ""))
             else:
                 assert leaf is not None
@@ -195,7 +201,7 @@ class _Kernel:
         lines = []
         for name in self.tensor_names():
             leaf, stored = self.out.loads.get(name), self.buffer(name)
-            token = stored.token if stored else (leaf.token if leaf is not None else False)
+            token = stored.token if stored else (leaf.token or bool(dict(leaf.attrs).get("per")) if leaf is not None else False)
             if not token:
                 lines.append(name)
                 continue
@@ -209,6 +215,8 @@ class _Kernel:
             lines.append("scale")
         if self.kernel.kind == "step":
             lines.append("HV, G, NY")
+        elif self.kernel.kind == "chunks":
+            lines.append("T, HV, G, NY, NC, LEVELS")
         elif self.kernel.kind == "tokens":
             lines.append("T, HV, G, NC" + "".join(f", N{p}" for p in sorted(self.shares())))
         else:
@@ -345,15 +353,22 @@ class _Kernel:
     def store(self, store: Store) -> None:
         """Prints a store; partial sums go to their tile's share."""
         out, b = self.out, store.buffer
-        axes = ((ROW,) if out.rows and b.token else ()) + tuple(sorted(b.dims))
+        axes = ((ROW,) if out.rows and b.token and not b.per else ()) + tuple(sorted(b.dims))
         value = out.wide(store.value)
+        self.write(b, axes, value)
+
+    def write(self, b: Buffer, axes: tuple[str, ...], value: Tile) -> None:
+        """Prints the store of a tile."""
+        out = self.out
         text = out.spread(value, axes)
         if not value.axes and axes:
             text = value.text
         at = [f"p_{b.name}"]
-        if b.token and out.rows:
+        if b.per:
+            at.append(f"i_c * {b.name}_st")
+        elif b.token and out.rows:
             at.append(out.spread(Tile("o_t", (ROW,)), axes) + f" * {b.name}_st")
-        at += [out.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in b.dims]
+        at += [out.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in b.dims]
         mask = out.mask(axes)
         where = " + ".join([at[0]] + ([f"({' + '.join(at[1:])})"] if len(at) > 2 else at[1:]))
         out.lines.append(f"tl.store({where}, {text}" + (f", mask={mask})" if mask else ")"))
@@ -465,6 +480,22 @@ class _Kernel:
         )
         at = self.point(f"state_{state.name}", state, "")
         return place, f"{at} + {place}" if place else at, out.mask(axes)
+
+    def chunks(self) -> list[str]:
+        """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
+        out = self.out
+        for store in self.kernel.stores:
+            if store.value.op != "gram":
+                self.store(store)
+                continue
+            name = out.fresh(f"b_{store.buffer.name}")
+            self.before.append(f"{name} = tl.zeros([BT, BT], tl.float32)")
+            out.lines.append(f"{name} = {out.add_gram(store.value, name)}")
+            lines, out.lines = out.lines, []
+            self.write(store.buffer, (ROW, COL), Tile(name, (ROW, COL)))
+            self.after += [x.replace("o_t", "o_c") for x in out.lines]
+            out.lines = lines
+        return out.lines
 
     def tokens(self) -> list[str]:
         """Prints token-wise work; shares of tiles are added up at the load."""

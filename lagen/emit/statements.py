@@ -150,12 +150,24 @@ class Statements:
         """Prints a load; padding rows and lanes read 0."""
         self.loads[n.name] = n
         axes = self.axes(n)
-        lanes = [self.spread(Tile(f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
+        lanes = [self.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
         if n.token and self.rows:
             lanes.insert(0, f"{self.spread(Tile('o_t', (ROW,)), axes)} * {n.name}_st")
+        if dict(n.attrs).get("per"):
+            lanes.insert(0, f"i_c * {n.name}_st")
         at = " + ".join([f"p_{n.name}", f"({' + '.join(lanes)})" if len(lanes) > 1 else lanes[0]] if lanes else [f"p_{n.name}"])
         mask = self.mask(axes)
         return self.let(f"b_{n.name}", f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})", axes, raw=True)
+
+    def make_flip(self, n: Expr) -> Tile:
+        """Prints stored pair scores with rows and columns exchanged: the load itself is transposed."""
+        a = n.args[0]
+        if a.op != "stored":
+            tile = self.wide(a)
+            return self.let(f"{tile.text}_f", f"tl.trans({tile.text})", (ROW, COL))
+        self.loads[a.name] = a
+        text = f"tl.load(p_{a.name} + (o_t[None, :] * {a.name}_st + o_c[:, None]), mask=m_t[None, :], other=0.0)"
+        return self.let(f"b_{a.name}_f", text, (ROW, COL), raw=True)
 
     def elementwise(self, n: Expr) -> Tile:
         """Prints an element-wise function; a short one that is used once stays inside its user."""
@@ -264,6 +276,15 @@ class Statements:
             self._coordinates[key] = found
         return self._coordinates[key]
 
+    def gate(self, g: Expr) -> str:
+        """Prints a log-decay on a dim, zero on padding."""
+        return self.guarded(g).text
+
+    def between(self, first: str, end: str, g: Expr) -> str:
+        """Prints exp of the sum of a log-decay over the rows from first to before end: a matmul with zeros and ones, no cumsum."""
+        self.prelude.add("lg_decay")
+        return f"lg_decay({first}, {end}, {self.gate(g)}, BT, DT, PRECISION)"
+
     def total(self, g: Expr) -> tuple[Tile, Tile]:
         """Prints the sum of a log-decay over the chunk."""
         found = self.coordinate(g)
@@ -283,11 +304,16 @@ class Statements:
 
     def make_start(self, n: Expr) -> Tile:
         """Prints the decay from the chunk's beginning to a token."""
+        if n.dims:
+            end = "o_c" if n.attr("prev") == "1" else "o_c + 1"
+            return self.let("e_b", self.between("o_c * 0", end, n.args[0]), self.axes(n))
         h, low = self.reading(n.args[0], n.attr("prev") == "1")
         return self.let("e_b", f"tl.exp({h.text} + {low.text})", h.axes)
 
     def make_end(self, n: Expr) -> Tile:
         """Prints the decay from a token to the chunk's end."""
+        if n.dims:
+            return self.let("e_c", self.between("o_c + 1", "o_c * 0 + BT", n.args[0]), self.axes(n))
         (th, tl), found = self.total(n.args[0]), self.coordinate(n.args[0])
         axes = found["h"].axes
         text = f"({self.spread(th, axes)} - {found['h'].text}) + ({self.spread(tl, axes)} - {found['l'].text})"
@@ -295,6 +321,8 @@ class Statements:
 
     def make_whole(self, n: Expr) -> Tile:
         """Prints the decay over the whole chunk."""
+        if n.dims:
+            return self.let("e_t", f"tl.exp(tl.sum({self.gate(n.args[0])}, axis=0))", n.dims)
         th, tl = self.total(n.args[0])
         return self.let("e_t", f"tl.exp({th.text} + {tl.text})", th.axes)
 
@@ -351,28 +379,26 @@ class Statements:
         if len(n.args) == 2:
             text = f"tl.dot({self.operand(r)}, tl.trans({self.operand(k)}), input_precision=PRECISION)"
             return self.let("b_A", text, (ROW, COL))
-        self.prelude.add("lg_gram")
-        left, right = self.guarded(r), self.guarded(k)
-        axes = (ROW, *n.args[2].dims)
-        text = f"lg_gram({self.spread(left, axes)}, {self.spread(right, axes)}, {self.anchored(n)})"
-        return self.let("b_A", text, (ROW, COL))
+        return self.let("b_A", self.add_gram(n, "tl.zeros([BT, BT], tl.float32)"), (ROW, COL))
 
-    def anchored(self, n: Expr) -> str:
-        """Prints the coordinates and flags of a gram or mix with a gate on its vectors' dim."""
-        g = n.args[-1]
-        (rh, rl), found = self.reading(g, n.attr("prev") == "1"), self.coordinate(g)
-        later = f"{rh.text}, {rl.text}, {found['h'].text}, {found['l'].text}"
-        flags = f"{n.attr('inclusive') == '1'}, {n.attr('reverse') == '1'}"
-        return f"{later}, LEVELS, {flags}, BT, DT, PRECISION"
+    def add_gram(self, n: Expr, onto: str) -> str:
+        """Prints pair scores under a decay of their vectors' dim, added to what is there."""
+        self.prelude.add("lg_gram")
+        r, k, g = n.args
+        axes = (ROW, *g.dims)
+        sides = f"{self.spread(self.guarded(r), axes)}, {self.spread(self.guarded(k), axes)}"
+        return f"lg_gram({onto}, {sides}, {self.gate(g)}, LEVELS, {n.attr('prev') == '1'}, BT, DT, PRECISION)"
 
     def make_mix(self, n: Expr) -> Tile:
         """Prints pair weights applied to the tokens' vectors."""
         if len(n.args) == 3:
             return self.accumulate(n, None, n)
-        weights, far = self.weights(n), self.guarded(n.args[2])
+        weights, far, g = self.weights(n), self.guarded(n.args[2]), n.args[3]
         self.prelude.add("lg_mix")
-        axes = (ROW, *n.args[3].dims)
-        return self.let("b_o", f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.anchored(n)})", axes)
+        axes = (ROW, *g.dims)
+        flags = f"{n.attr('prev') == '1'}, {n.attr('inclusive') == '1'}"
+        text = f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.gate(g)}, LEVELS, {flags}, BT, DT, PRECISION)"
+        return self.let("b_o", text, axes)
 
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
         """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""

@@ -8,13 +8,14 @@ from lagen.emit.kernels import Printed, print_kernel
 from lagen.emit.templates import environment
 from lagen.emit.torch import render_tokens
 from lagen.ir import expr as E
+from lagen.ir.chunk import COL
 from lagen.ir.expr import Expr, show
 from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
 
-_CALLS = {"lg_gram": ("lg_reach",), "lg_mix": ("lg_reach",)}
+_CALLS = {"lg_gram": ("lg_reach", "lg_decay"), "lg_mix": ("lg_reach", "lg_decay")}
 """Device functions that a device function calls."""
 
 
@@ -93,7 +94,8 @@ class _Module:
             done[k] = printed
         prelude |= {c for p in prelude for c in _CALLS.get(p, ())}
         macros = environment().get_template("triton/prelude.py.j2").module
-        order = ["lg_reach"] + sorted(prelude - {"lg_reach"}) if "lg_reach" in prelude else sorted(prelude)
+        first = [name for name in ("lg_decay", "lg_reach") if name in prelude]
+        order = [*first, *sorted(prelude - set(first))]
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
         launch = environment().get_template("triton/launch.py.j2").render(functions=functions, chunk=self.r.chunk_default)
@@ -136,9 +138,9 @@ class _Module:
     def shape(self, b: Buffer, step: bool = False) -> str:
         """Prints the shape of a buffer."""
         lead = [f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else []
-        lead += ["B"] if step else ["B", "T"]
+        lead += ["B"] if step else ["B", "triton.cdiv(T, BT)" if b.per else "T"]
         heads = [] if not b.head else ["HV" if b.head == self.top else "HV // G"]
-        return f"({', '.join([*lead, *heads, *b.dims])}{',' if len(lead) + len(heads) + len(b.dims) == 1 else ''})"
+        return f"({', '.join([*lead, *heads, *('BT' if d == COL else d for d in b.dims)])}{',' if len(lead) + len(heads) + len(b.dims) == 1 else ''})"
 
     def dtype(self, b: Buffer) -> str:
         """Prints the dtype of a buffer."""
@@ -152,6 +154,8 @@ class _Module:
         """Prints the configuration of a pass: one chunk, one tile per dim on the grid, blocks of whole dims."""
         lines = []
         for k in kernels:
+            if k.kind == "chunks":
+                lines.append(f"BT, B{k.tile} = _config({k.tile}, 16, {self.r.inputs[0].name}.element_size())[:2]")
             if k.kind not in ("sweep", "step"):
                 continue
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
@@ -220,9 +224,9 @@ class _Module:
             args.append("scale")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
-        grid = {"sweep": f"B * {heads} * NY * NSEG", "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC"}[k.kind]
+        grid = {"sweep": f"B * {heads} * NY * NSEG", "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC", "chunks": f"B * {heads} * NC"}[k.kind]
         tile = f"triton.cdiv({k.tile}, B{k.tile})" if k.tile else "1"
-        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("4", "2")
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1") if k.kind == "chunks" else ("4", "2")
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
             if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
@@ -231,6 +235,9 @@ class _Module:
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
             args.append("HV, G, NY")
+        elif k.kind == "chunks":
+            lines.append(f"NY, NC = {tile}, triton.cdiv(T, BT)")
+            args.append("T, HV, G, NY, NC, BT.bit_length() - 1")
         else:
             length = "1" if step else "T"
             lines.append(f"NC = triton.cdiv({length}, BT)")

@@ -10,6 +10,7 @@ ir/expr.py there are:
     col(x)       a token's number as a column                                                                   [D]
     pairs(g)     exp(b_i - b_j) where j <= i, else 0 (strict: j < i; reverse: rows are the earlier tokens)        [C, C]
     gram(r, n)   r n^T over X; with a gate on X each term carries exp(b_i - b_j) (dyadic anchors)                 [C, C]
+    flip(A)                  pair scores with rows and columns exchanged                                          [C, C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     suffix(x, y)             as in ir/recurrence.py, over the chunks of a reverse sweep                          [C, ..]
@@ -28,7 +29,7 @@ from lagen.ir.expr import Expr, show, walk
 ROW, COL = "@", "#"
 """The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
-TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "mix", "inter")
+TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A *sweep* runs over the chunks of a sequence, forward or reversed, with its carries in registers; one dim (``tile``) is on the grid, all
 others are whole. A *tokens* kernel has no carry: token-wise work before (prepare) or after (finish) the sweeps. Work that changes a
-vector's size runs as torch operations (*torch*), which is a fact of the plan, not of a failure. A *gram* kernel stores pair
-scores whose decay rides on the contracted dim, since they cost log2(C) matmuls and are read by every tile.
+vector's size runs as torch operations (*torch*), which is a fact of the plan, not of a failure. A *chunks* kernel stores what a
+decay on a whole dim makes of a chunk (pair scores, vectors under decay), looping over that dim; sweeps then need no exponents for it.
 
 Who makes it: passes/plan. Who reads it: passes/schedule, emit/, explain.
 """
@@ -31,12 +31,14 @@ class Buffer:
     token: bool
     dtype: str
     partial: str = ""
+    per: str = ""  # "chunk": one row a chunk, not a token
 
     @property
     def leaf(self) -> Expr:
         """Returns the buffer as an operand."""
-        attrs = (("partial", self.partial),) if self.partial else ()
-        return Expr("stored", name=self.name, dims=tuple(sorted(self.dims)), head=self.head, token=self.token, attrs=attrs)
+        attrs = tuple((k, v) for k, v in (("partial", self.partial), ("per", self.per)) if v)
+        token = self.token and not self.per
+        return Expr("stored", name=self.name, dims=tuple(sorted(self.dims)), head=self.head, token=token, attrs=attrs)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Closing:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. ``kind``: sweep, gram, tokens or torch. ``why`` says in words what made the plan choose it."""
+    """One launch. ``kind``: sweep, chunks, tokens, torch or step. ``why`` says in words what made the plan choose it."""
 
     name: str
     kind: str

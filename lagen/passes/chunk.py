@@ -85,12 +85,23 @@ def lower_readout(node: Expr, state: State, carry: Carry) -> Expr:
             "prev": str(int(prev if not reverse else not write.decayed)),
             "reverse": str(int(reverse)),
         }
-        weight = E.mul(number, E.mul(n_near, n_far) if E.mul(n_near, n_far).op == "const" else _tile("col", E.mul(n_near, n_far), dims=(COL,)))
+        written = E.mul(n_near, n_far)
+        weight = E.mul(number, _tile("col", written, dims=(COL,)) if written.token else written)
         if r.dims:
-            weight = E.mul(_tile("gram", r, v_near, *([on_x] if on_x else []), dims=(COL,), **(kind if on_x else {})), weight)
+            weight = E.mul(_scores(r, v_near, on_x, kind), weight)
         pairs = _tile("pairs", *([on_none] if on_none else []), dims=(COL,), **kind)
         out = E.add(out, _tile("mix", weight, pairs, v_far, *([on_y] if on_y else []), dims=v_far.dims, **(kind if on_y else {})))
     return out
+
+
+def _scores(r: Expr, near: Expr, gate: Expr | None, kind: dict[str, str]) -> Expr:
+    """Makes the pair scores r n^T; under a gate those of the later token's side, flipped where a reverse sweep reads them."""
+    if gate is None:
+        return _tile("gram", r, near, dims=(COL,))
+    attrs = {"prev": kind["prev"], "inclusive": str(1 - int(kind["prev"])), "reverse": "0"}
+    if kind["reverse"] == "0":
+        return _tile("gram", r, near, gate, dims=(COL,), **attrs)
+    return _tile("flip", _tile("gram", near, r, gate, dims=(COL,), **attrs), dims=(COL,))
 
 
 def _inter(r: Expr, carry: Carry) -> Expr:

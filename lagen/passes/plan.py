@@ -65,16 +65,20 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         for t, (_, e) in zip(recurrence.inputs + recurrence.params, back.gradients, strict=True)
     ]
     backward.settle(gradients)
+    sweeps = forward.kernels({s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states})
+    reverse = backward.kernels(
+        {s.name: (f"initial_{s.name}", "") for s in core.states}
+        | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states},
+        given=core.states,
+    )
+    chunked = _chunked(sweeps, head)
+    decayed = {n: b for b, n in ((s.buffer, s.value) for k in chunked for s in k.stores)}
     return Plan(
         recurrence.name,
-        (*prepare, *forward.kernels({s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states})),
-        backward.kernels(
-            {s.name: (f"initial_{s.name}", "") for s in core.states}
-            | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states},
-            given=core.states,
-        ),
+        (*prepare, *chunked, *(_load(k, decayed) for k in sweeps)),
+        tuple(_load(k, decayed) for k in reverse),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
-        (*prepared.values(), *kept.values(), *(_total(s) for s in core.states if not s.causal)),
+        (*prepared.values(), *kept.values(), *decayed.values(), *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
     )
 
@@ -192,6 +196,66 @@ def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, .
     free = [d for s in recurrence.states for d in s.dims if d not in summed]
     stores = tuple(Store(outputs[name], e) for name, e in recurrence.outputs)
     return (Kernel("step", "step", stores, "one token, states in place", free[0] if free else ""),)
+
+
+# ---- decays on a whole dim ------------------------------------------------------------------------------------------------------
+
+
+def _values(k: Kernel) -> list[Expr]:
+    """Lists what a kernel computes: stores, and what its carries take."""
+    return [s.value for s in k.stores] + [x for h in k.holds for t in h.carry.terms for x in (t.near, t.far)] + [f for h in k.holds for f in h.carry.factors]
+
+
+def _under_decay(n: Expr) -> bool:
+    """Tells whether a value is made of a vector decay over a chunk and worth storing: pair scores, vectors under decay, whole decays."""
+    if n.op == "gram":
+        return len(n.args) == 3
+    if n.op == "whole":
+        return bool(n.dims)
+    return n.op == "mul" and n.args[1].op in ("start", "end") and bool(n.args[1].dims) and n.args[0].op not in ("inter", "add")
+
+
+def _chunked(sweeps: tuple[Kernel, ...], head: str) -> tuple[Kernel, ...]:
+    """Makes a launch for each vector decay that a sweep contracts over: what it makes of a chunk is computed once, not by every tile."""
+    found: dict[Expr, list[Expr]] = {}
+    for k in sweeps:
+        gates = {n.args[2] for e in _values(k) for n in walk(e) if n.op == "gram" and len(n.args) == 3}
+        for n in walk(*_values(k)):
+            gate = n.args[2] if n.op == "gram" and len(n.args) == 3 else n.args[0] if n.op == "whole" else n.args[1].args[0] if _under_decay(n) else None
+            if gate in gates and _under_decay(n) and n not in found.setdefault(gate, []):
+                found[gate].append(n)
+    out = []
+    names = {"gram": "A", "whole": "e_chunk"}
+    for gate, nodes in found.items():
+        dim = gate.dims[0]
+        stores = []
+        for i, n in enumerate(nodes):
+            name = f"{names.get(n.op, 'x_start' if n.op == 'mul' and n.args[1].op == 'start' else 'x_end')}_{dim.lower()}{i}"
+            dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
+            stores.append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
+        out.append(Kernel(f"chunks_{dim}".lower(), "chunks", tuple(stores), f"what the decay on {dim} makes of each chunk", dim))
+    return tuple(out)
+
+
+def _load(k: Kernel, stored: dict[Expr, Buffer]) -> Kernel:
+    """Lets a kernel load what is stored instead of computing it."""
+    table = {n: b.leaf for n, b in stored.items()}
+
+    def swap(e: Expr) -> Expr:
+        return E.substitute(e, table)
+
+    holds = tuple(
+        replace(
+            h,
+            carry=replace(
+                h.carry,
+                factors=tuple(map(swap, h.carry.factors)),
+                terms=tuple(replace(t, near=swap(t.near), far=swap(t.far)) for t in h.carry.terms),
+            ),
+        )
+        for h in k.holds
+    )
+    return replace(k, stores=tuple(replace(s, value=swap(s.value)) for s in k.stores), holds=holds)
 
 
 # ---- one pass -------------------------------------------------------------------------------------------------------------------
