@@ -57,6 +57,16 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         causal=all(s.causal for s in recurrence.states),
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
         directions=[_Printer(recurrence, forward, "forward").printed(), _Printer(recurrence, backward, "backward").printed()],
+        step=_Printer(recurrence, forward, "step").printed() if in_place(forward) else None,
+    )
+
+
+def in_place(forward: Program) -> bool:
+    """Tells whether a token's step can write the states where they stand: each is swept once, by the heads that own it."""
+    sweeps = [s for p in forward.passes for s in p.steps if isinstance(s, Sweep)]
+    swept = [s.state.name for s in sweeps]
+    return (
+        len(forward.passes) == 1 and len(set(swept)) == len(swept) and all(s.state.causal and s.state.head == forward.head for s in sweeps)
     )
 
 
@@ -236,6 +246,8 @@ class _Printer:
 
     def declare(self, s: Sweep, members: list[str], built: list[str]) -> None:
         """Declares the state of a sweep."""
+        if s.rows and self.direction == "step":
+            return
         if s.rows:
             operands = max(
                 2 * len(t.writes) + len(t.reads) for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label
@@ -277,7 +289,7 @@ class _Printer:
         before, after, body = [], [], []
         sweeps = [s for s in p.steps if isinstance(s, Sweep)]
         for s in sweeps:
-            if not s.whole:
+            if not s.whole and (self.direction != "step" or not s.rows):
                 before.append(self.load_state(s))
         for s in self.program.ends:
             if s in sweeps:
@@ -319,15 +331,17 @@ class _Printer:
         return s.state.name not in {x.name for x in self.recurrence.states}
 
     def store_state(self, s: Sweep) -> str:
-        if not s.state.causal:
+        if not s.state.causal or (self.direction == "step" and s.rows):
             return ""
+        if self.direction == "step":
+            return f"w.{s.label}.store(c.initial_{s.state.name}.state(b, h));"
         target = f"c.d_initial_{s.state.name[1:]}" if self.direction == "backward" else f"c.final_{s.state.name}"
         first = f", {self.is_first(s)}" if s.rows else ""
         return f"if (float* to = {target}.own_state(b, h)) w.{s.label}.store(to{first});"
 
     def finish(self) -> list[str]:
         """Prints what comes after all passes: the gradients of params."""
-        if self.direction == "forward":
+        if self.direction != "backward":
             return []
         params = {t.name for t in self.recurrence.params}
         out = []
@@ -466,7 +480,10 @@ class _Printer:
                 lines.append(f"    if (const float* d = c.d_final_{name}.own_state(b, h)) w.{s.label}.close(w.sum_{self.names[node]}, {on}, d,{first} decay, 0);")
         operands = f"{'writes' if s.writes else 'nullptr'}, {'reads' if reads else 'nullptr'}"
         way = "-1" if s.state.reverse else "1"
-        if s.rows:
+        if s.rows and self.direction == "step":
+            state = f"c.initial_{s.state.name}.state(b, h), {_size(s.rows)}, {_size(s.lanes)}, {self.is_first(s)}"
+            lines.append(f"  step_matrix{shape}({state}, decay, {operands});")
+        elif s.rows:
             lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead).tile(n, {way});")
         else:
             lines.append(f"  sweep{shape}(w.{s.label}, n, {way}, decay, {operands});")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -32,6 +33,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 INCLUDE = '#include "_sweeps.h"\n'
+SMALL = 1 << 18  # state entries of a step that one thread takes alone
 NO_TENSOR = (0, 0, 0, 0, 0, 1)
 
 
@@ -124,6 +126,15 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """The words of a decode step for tensors of given shapes, with the places of their addresses."""
+
+    words: array.array[int]
+    slots: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
 class CppBackend:
     """One variant's generated C++: forward, backward and step over tuples of tensors, as the operator calls them.
 
@@ -135,6 +146,7 @@ class CppBackend:
         included = header.read_text(encoding="utf-8") if INCLUDE in source else ""
         self.spec, self.source, self.fallback = spec, source.replace(INCLUDE, included), fallback
         self.loaded: ctypes.CDLL | Missing | None = None
+        self.plans: dict[object, StepPlan] = {}
         self.heads = spec.outputs[0].head
         self.dims = tuple(dict.fromkeys(d for a in spec.inputs + spec.params for d in a.dims if d not in dict(spec.sizes)))
 
@@ -143,6 +155,9 @@ class CppBackend:
         if self.loaded is None:
             built = build(self.source, self.spec.name)
             self.loaded = built if isinstance(built, Missing) else ctypes.CDLL(str(built))
+            if not isinstance(self.loaded, Missing) and hasattr(self.loaded, "lagen_step"):
+                self.entry = self.loaded.lagen_step
+                self.entry.argtypes = [ctypes.c_void_p]
             if isinstance(self.loaded, Missing):
                 warnings.warn(f"{self.spec.name} runs as torch code on the CPU, many times slower: {self.loaded.reason}", stacklevel=2)
         return None if isinstance(self.loaded, Missing) else self.loaded
@@ -267,7 +282,46 @@ class CppBackend:
 
     def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
         """Computes the outputs of one token and writes the states in place."""
-        raise NotImplementedError
+        first = inputs[0]
+        if first.device.type != "cpu" or self.library() is None:
+            return self.fallback[2](inputs, params, scale, states)  # type: ignore[return-value]
+        if not hasattr(self.loaded, "lagen_step") or not all(s.is_contiguous() for s in states):
+            outputs, finals, _ = self.forward(tuple(x.unsqueeze(1) for x in inputs), params, scale, states, True)
+            for s, f in zip(states, finals or (), strict=True):
+                s.copy_(f)
+            return tuple(o.squeeze(1) for o in outputs)
+        tensors = (*inputs, *params)
+        key = (scale, threads(), *((x.dtype, x.shape, x.stride()) for x in tensors))
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self.plan_step(inputs, params, scale, states)
+        words = plan.words[:]
+        outputs = tuple(first.new_empty(shape) for shape in plan.shapes)
+        for slot, x in zip(plan.slots, (*tensors, *outputs, *states), strict=True):
+            words[slot] = x.data_ptr()
+        if self.entry(words.buffer_info()[0]):
+            raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
+        torch.autograd.graph.increment_version(states)
+        return outputs
+
+    def plan_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> StepPlan:
+        """Lays out the words of a step for tensors of these shapes and strides."""
+        spec, batch = self.spec, inputs[0].shape[0]
+        sizes = self.measure(inputs, params, 1)
+        heads = sizes[self.heads]
+        shapes = tuple((batch, *(sizes[d] for d in o.shape())) for o in spec.outputs)
+        outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
+        words, slots, held = self.head_words(sizes, batch, 1, scale), list[int](), list[Tensor]()
+        work = batch * sum(math.prod(s.shape[1:]) for s in states)
+        words[3] = min(words[3], 1 + work // SMALL)
+        for arguments, tensors, lead in ((spec.inputs, inputs, 1), (spec.params, params, 0), (spec.outputs, outputs, 1)):
+            for a, x in zip(arguments, tensors, strict=True):
+                slots.append(len(words))
+                words += _words(a, x, heads, sizes, lead, held)
+        for a, x in zip(spec.states, states, strict=True):
+            slots.append(len(words))
+            words += (*_words(a, x, heads, sizes, 1, held), *NO_TENSOR)
+        return StepPlan(array.array("q", words), tuple(slots), shapes)
 
 
 def _words(a: Argument, x: Tensor, heads: int, sizes: dict[str, int], lead: int, held: list[Tensor], wide: bool = False) -> Sequence[int]:
