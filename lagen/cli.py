@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a check failed, or a kernel could not be launched; 2 a mis
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -86,10 +87,14 @@ def _specs(many: bool = True) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def _read(path: Path, strict: bool = False) -> Variant:
-    from lagen.spec.read import read
+def _read(path: Path, strict: bool = False, tell: bool = False) -> Variant:
+    """Reads a spec; with ``tell`` its warnings go to standard error."""
+    from lagen.spec.read import read, warnings_of
 
-    return read(path, strict=strict)
+    variant = read(path, strict=strict)
+    for warning in warnings_of(variant) if tell else ():
+        click.echo(warning.render(variant.source, variant.path), err=True)
+    return variant
 
 
 def _print_json(value: object) -> None:
@@ -157,7 +162,7 @@ def build(paths: list[Path], out: Path, force: bool, strict: bool) -> None:
     """Write an importable package with one operator a spec."""
     from lagen.runtime.build import build as write_package
 
-    variants = [_read(path, strict) for path in paths]
+    variants = [_read(path, strict, tell=True) for path in paths]
     for written in write_package(variants, out, force=force):
         click.echo(f"wrote {written}")
     click.echo(f"from {out.name} import {', '.join(v.name for v in variants)}")
@@ -167,23 +172,28 @@ def build(paths: list[Path], out: Path, force: bool, strict: bool) -> None:
 @_specs()
 @click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
-def check(paths: list[Path], strict: bool, as_json: bool) -> None:
+@click.option("--backend", type=click.Choice(["triton", "cpp", "torch", "oracle"]), help="What suits the device where not given.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda; on the CPU, triton's kernels are interpreted.")
+@click.option("--thorough", is_flag=True, help="More lengths and larger dims.")
+@click.option("--cases", "every", is_flag=True, help="Show every case, not every law.")
+def check(paths: list[Path], strict: bool, as_json: bool, backend: str | None, device: str, thorough: bool, every: bool) -> None:
     """Test every law on each SPEC (all shipped ones by default) against the float64 oracle."""
+    if backend == "triton" and device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     from lagen.cli_check import check_all
 
-    _end(check_all([_read(p, strict) for p in paths], as_json))
+    _end(check_all([_read(p, strict, tell=True) for p in paths], as_json, backend, device, thorough, every))
 
 
 @main.command()
 @_specs(many=False)
 @click.option("--stage", default="all", show_default=True, type=click.Choice(STAGES), help="What to show.")
-@click.option("--target", default="cuda:90", show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
-def explain(path: Path, stage: str, target: str, strict: bool) -> None:
+def explain(path: Path, stage: str, strict: bool) -> None:
     """Show what the compiler makes of SPEC, stage by stage, and why."""
     from lagen.explain import explain as describe
 
-    click.echo(describe(_read(path, strict), stage, target))
+    click.echo(describe(_read(path, strict), stage))
 
 
 @main.command("compile")

@@ -40,9 +40,11 @@ class Made:
         return differentiate(self.recurrence)
 
 
-def explain(subject: Variant | str | Path, stage: str = "all", target: str = "") -> str:
-    """This function returns the stages of a variant, or of the spec file at a path, as text; raises SpecErrors, and ValueError
-    for a stage that is not one of STAGES. "all" is all but the source. ``target`` names the device of a plan that depends on one."""
+def explain(subject: Variant | str | Path, stage: str = "all") -> str:
+    """This function returns the stages of a variant, or of the spec file at a path, as text; "all" is all but the source.
+
+    Raises SpecErrors, and ValueError for a stage that is not one of STAGES.
+    """
     variant = subject if isinstance(subject, Variant) else read(subject)
     if stage != "all" and stage not in STAGES:
         raise ValueError(f"no stage named {stage!r}; there are {', '.join(STAGES)} and all")

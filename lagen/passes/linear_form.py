@@ -345,7 +345,8 @@ class Lines:
         if x.op in ("contract", "sum", "mean"):
             terms = self._contract(x)
             return E.add(*(self._joined(t) for t in terms))
-        return E.rebuild(x, tuple(self.value(a) for a in x.args))
+        out = E.rebuild(x, tuple(self.value(a) for a in x.args))
+        return _cancelled(out) if out.op == "div" else out
 
     def _joined(self, t: Term) -> Expr:
         body = product(t.factors, t.over)
@@ -361,3 +362,16 @@ class Lines:
         state = self.done.get(leaf.name) or self._shell(leaf)
         at = ("now" if self.variant.causal else "all") if leaf.op == "now" else "previous"
         return readout(state, ONE, "", at)
+
+
+def _cancelled(quotient: Expr) -> Expr:
+    """Drops the sizes and numbers that both sides of a quotient have as factors, as the scale of a feature map."""
+    (up, under), (down, over) = flat(quotient.args[0]), flat(quotient.args[1])
+    left, right = list(up), list(down)
+    for f in up:
+        if f in right and f != E.const(-1.0) and all(n.op in ("const", "size", "scale", "pow") for n in E.walk(f)):
+            left.remove(f)
+            right.remove(f)
+    if len(left) == len(up):
+        return quotient
+    return product((*left, *over), (*right, *under))

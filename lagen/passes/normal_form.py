@@ -62,6 +62,13 @@ def _joined(a: Monomial, b: Monomial) -> Monomial:
     return tuple(sorted((x, min(e, _ONE) if x.startswith("[") else e) for x, e in powers.items() if e))
 
 
+def _shared(p: Polynomial) -> Monomial:
+    """Returns the monomial with every atom's least exponent over the terms, 0 where it is absent (no indicator is divided by)."""
+    powers = [dict(m) for m, _ in p]
+    least = {a: min(m.get(a, Fraction(0)) for m in powers) for a in sorted({a for m in powers for a in m})}
+    return tuple((a, e) for a, e in least.items() if e and not a.startswith("["))
+
+
 class Algebra:
     """Makes normal forms. ``states`` are those that readouts read; of every atom its dims are kept, and what is inside exp and the like."""
 
@@ -108,9 +115,14 @@ class Algebra:
         return _sorted(total)
 
     def _factored(self, p: Polynomial, e: Fraction) -> Polynomial:
-        """Makes p ** e as one atom; the leading coefficient is taken out where that is exact."""
-        lead = p[0][1] if p and e.denominator == 1 else _ONE
-        return scaled(self.function("", scaled(p, 1 / lead), e), lead ** int(e) if lead != 1 else _ONE)
+        """Makes p ** e as one atom, and, where e is whole, what can be taken out of p's terms."""
+        if e.denominator != 1 or not p:
+            return self.function("", p, e)
+        shared = _shared(p)
+        rest = self.mul(((tuple((a, -k) for a, k in shared), _ONE),), p)
+        lead = rest[0][1]
+        content: Polynomial = ((tuple((a, k * e) for a, k in shared), lead ** int(e)),)
+        return self.mul(content, self.function("", scaled(rest, 1 / lead), e))
 
     def power(self, p: Polynomial, e: Fraction) -> Polynomial:
         """Raises to a constant exponent."""
