@@ -132,7 +132,7 @@ def sizes(variant: Variant, extent: Extent) -> dict[str, int]:
     """Returns the size of every dim of a case: HV is H times the group where the spec names both."""
     declared = variant.inputs + variant.params
     heads = {t.head for t in declared}
-    known = {"B": extent.batch, "T": extent.time, "H": extent.heads, "HV": extent.heads * (extent.group if "H" in heads else 1)}
+    known = {"B": extent.batch, "T": extent.time, "H": extent.heads, "HV": extent.heads * (extent.group if {"H", "HV"} <= heads else 1)}
     derived = {d for d, _ in variant.sizes}
     chosen, spare = dict(extent.dims), iter(SPARE * 4)
     for dim in dict.fromkeys(d for t in declared for d in t.dims if d not in derived):
@@ -201,7 +201,7 @@ def _set_gates(variant: Variant, regime: str, table: dict[str, Tensor], known: d
     for gate in gates(variant):
         for param in (variant.tensor(n.name) for n in reads(gate, "param")):
             low, high = bounds(variant, param.name)
-            if reads(gate, "input") and math.isfinite(low) and math.isfinite(high):
+            if regime != "resets" and reads(gate, "input") and math.isfinite(low) and math.isfinite(high):
                 table[param.name] = torch.full_like(table[param.name], low)  # a floor under the gate would keep it from closing
         direct, feeder = _direct(gate), _feeders(variant, gate)[0]
         if feeder.name in moved:

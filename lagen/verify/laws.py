@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from lagen.ir.variant import Variant
@@ -319,20 +318,13 @@ def worst(results: list[LawResult]) -> list[LawResult]:
     found: dict[tuple[str, str], LawResult] = {}
     for r in results:
         key = (r.law, r.case)
-        if key not in found or _strain(r) > _strain(found[key]):
+        if key not in found or strain(r) > strain(found[key]):
             found[key] = r
     return list(found.values())
 
 
-def _strain(result: LawResult) -> float:
+def strain(result: LawResult) -> float:
+    """Returns how near a result is to its limit: beyond 1 the law is broken."""
     if result.limit:
         return result.error / result.limit
     return math.inf if result.error else 0.0
-
-
-def table(title: str, results: list[LawResult]) -> Table:
-    """Makes the table of a check: one row a case with its worst tensor."""
-    out = Table("law", "case", "worst tensor", "error", "limit", "", title=title, title_justify="left")
-    for r in worst(results):
-        out.add_row(r.law, r.case, r.tensor, f"{r.error:.1e}", f"{r.limit:.1e}", "[green]ok[/]" if r.ok else "[red]broken[/]")
-    return out

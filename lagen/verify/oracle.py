@@ -96,13 +96,13 @@ class _Sigmoid(torch.autograd.Function):
     """The sigmoid, whose gradient does not round a closed or an open gate's slope to 0, as y (1 - y) does."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
         """Returns 1 / (1 + exp(-x))."""
         ctx.save_for_backward(x)
         return torch.sigmoid(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, d: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, d: Tensor) -> Tensor:
         """Returns d sigmoid(x) sigmoid(-x)."""
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return d * torch.sigmoid(x) * torch.sigmoid(-x)
