@@ -58,6 +58,7 @@ PROVED = [
     (("exp(2 * g - 2 * h)", "g <= h"), "2 * g - 2 * h"),
     (("exp(g - lb)", "g <= h", "h <= lb"), "g - lb"),
     (("sqrt(sigmoid(g))",), "0.5 * logsigmoid(g)"),
+    (("where(f != 0, 0.5, exp(f))",), f"where(f != 0, {math.log(0.5)}, f)"),
     (("0.5",), repr(math.log(0.5))),
 ]
 
@@ -85,6 +86,7 @@ def test_without_its_assumptions_it_is_not(spec: tuple[str, ...], log: str) -> N
         ("cos(f)", "cos(f) is in [-1, 1], so its log may not exist", ["cos(f) >= 0"]),
         ("1 + sigmoid(f)", "log(1 + sigmoid(f)) is in [0, 0.6931471805599453]", ["1 + sigmoid(f) <= 1"]),
         ("1.5", "0.4054651081081644 is in [0.4054651081081644, 0.4054651081081644]", []),
+        ("where(f == 0, 1, exp(f))", "where(f == 0, 0, f) is in (-inf, inf)", ["f <= 0"]),
         ("f * g", "f * g is in (-inf, inf), so its log may not exist", ["f * g >= 0"]),
     ],
 )
@@ -98,6 +100,12 @@ def test_refusal_names_what_would_settle_it(text: str, found: str, wanted: list[
 def test_product_that_may_be_negative_is_not_taken_apart() -> None:
     e, facts = decay("f * f * sigmoid(f)")
     assert "log(f)" not in str(log_of(e, facts))
+
+
+def test_corners_are_for_affine_expressions_only() -> None:
+    e, facts = decay("lb - lb * lb", "lb >= 0", "lb <= 1")
+    low, high = interval(e, facts)
+    assert low <= 0.0 and high >= 0.25
 
 
 def test_peak_line_bounds_its_arguments() -> None:
@@ -128,6 +136,7 @@ init: {m: -1.0e30}
 def test_row_functions() -> None:
     k = E.leaf("input", "k", ("K",), "H", token=True)
     unit = E.row("l2norm", k, 1e-6)
+    assert interval(unit) == (-1.0, 1.0)
     assert interval(E.contract(unit, unit)) == (0.0, 1.0)
     assert interval(E.contract(k, k)) == (0.0, math.inf)
     assert interval(E.reduce("sum", E.row("softmax", k))) == (0.0, 1.0)

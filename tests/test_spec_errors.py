@@ -172,6 +172,7 @@ TABLE: list[tuple[str, str]] = [
     # rule 7
     ("peak", state("«max(S[t-1], outer(k, v))»")),
     ("peak", GOOD.replace("  S:", "  m: «max(2 * m[t-1], g)»\n  S:").replace("q @ S[t]", "m[t] * (q @ S[t])")),
+    ("peak", GOOD.replace("  S:", "  m: «max(g - m[t-1], 0)»\n  S:").replace("q @ S[t]", "m[t] * (q @ S[t])")),
     # rule 8
     ("out-of-reach", state("S[t-1] + outer(k, «solve(k, v)»)")),
     ("out-of-reach", state("S[t-1] + outer(«shift(k)», v)")),
