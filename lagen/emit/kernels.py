@@ -485,6 +485,11 @@ class _Kernel:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
         out = self.out
         for store in self.kernel.stores:
+            if store.value.op == "mix":  # the pairs' weights are the same for every tile
+                lines, out.lines = out.lines, []
+                out.weights(store.value)
+                self.before += out.lines
+                out.lines = lines
             if store.value.op != "gram":
                 self.store(store)
                 continue

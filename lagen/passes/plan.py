@@ -18,7 +18,8 @@ from lagen.ir import expr as E
 from lagen.ir.expr import Expr, walk
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
-from lagen.ir.chunk import Carry
+from lagen.ir.scalar import FUNCTIONS
+from lagen.ir.chunk import TILE_OPS, Carry
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
 from lagen.passes.lower_rows import lower_rows
@@ -71,14 +72,19 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states},
         given=core.states,
     )
-    chunked = _chunked(sweeps, head)
-    decayed = {n: b for b, n in ((s.buffer, s.value) for k in chunked for s in k.stores)}
+    taken: set[str] = set()
+    chunked = _chunked("forward", sweeps, head, taken)
+    decayed = _stored(chunked)
+    reverse = tuple(_load(k, decayed) for k in reverse)
+    undone = _chunked("backward", reverse, head, taken)
+    # what the forward stores beyond its pair sums serves the backward too
+    kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*_values(k))) for k in (*reverse, *undone))]
     return Plan(
         recurrence.name,
-        (*prepare, *chunked, *(_load(k, decayed) for k in sweeps)),
-        tuple(_load(k, decayed) for k in reverse),
+        (*prepare, *(_load(k, _others(decayed, k)) for k in chunked), *(_load(k, decayed) for k in sweeps)),
+        (*undone, *(_load(k, _stored(undone)) for k in reverse)),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
-        (*prepared.values(), *kept.values(), *decayed.values(), *(_total(s) for s in core.states if not s.causal)),
+        (*prepared.values(), *kept.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
     )
 
@@ -206,35 +212,54 @@ def _values(k: Kernel) -> list[Expr]:
     return [s.value for s in k.stores] + [x for h in k.holds for t in h.carry.terms for x in (t.near, t.far)] + [f for h in k.holds for f in h.carry.factors]
 
 
-def _under_decay(n: Expr) -> bool:
-    """Tells whether a value is made of a vector decay over a chunk and worth storing: pair scores, vectors under decay, whole decays."""
-    if n.op == "gram":
-        return len(n.args) == 3
-    if n.op == "whole":
-        return bool(n.dims)
-    return n.op == "mul" and n.args[1].op in ("start", "end") and bool(n.args[1].dims) and n.args[0].op not in ("inter", "add")
+def _gate(n: Expr) -> Expr | None:
+    """Returns the vector decay that a value puts on a chunk and that makes it worth storing; None for any other value.
+
+    Those are pair scores and pair sums under decay (log2(C) matmuls), vectors under decay, and a whole chunk's decay.
+    """
+    if n.op == "gram" and len(n.args) == 3:
+        return n.args[2]
+    if n.op == "mix" and len(n.args) == 4:
+        return n.args[3]
+    if n.op == "whole" and n.dims:
+        return n.args[0]
+    if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in LEAVES + tuple(FUNCTIONS):
+        return None if any(x.op in TILE_OPS for x in walk(n.args[0])) else n.args[1].args[0]
+    return None
 
 
-def _chunked(sweeps: tuple[Kernel, ...], head: str) -> tuple[Kernel, ...]:
-    """Makes a launch for each vector decay that a sweep contracts over: what it makes of a chunk is computed once, not by every tile."""
-    found: dict[Expr, list[Expr]] = {}
-    for k in sweeps:
-        gates = {n.args[2] for e in _values(k) for n in walk(e) if n.op == "gram" and len(n.args) == 3}
-        for n in walk(*_values(k)):
-            gate = n.args[2] if n.op == "gram" and len(n.args) == 3 else n.args[0] if n.op == "whole" else n.args[1].args[0] if _under_decay(n) else None
-            if gate in gates and _under_decay(n) and n not in found.setdefault(gate, []):
-                found[gate].append(n)
-    out = []
-    names = {"gram": "A", "whole": "e_chunk"}
-    for gate, nodes in found.items():
-        dim = gate.dims[0]
-        stores = []
-        for i, n in enumerate(nodes):
-            name = f"{names.get(n.op, 'x_start' if n.op == 'mul' and n.args[1].op == 'start' else 'x_end')}_{dim.lower()}{i}"
-            dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
-            stores.append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
-        out.append(Kernel(f"chunks_{dim}".lower(), "chunks", tuple(stores), f"what the decay on {dim} makes of each chunk", dim))
-    return tuple(out)
+_STEMS = {"gram": "scores", "mix": "pairs", "whole": "decay"}
+
+
+def _chunked(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> tuple[Kernel, ...]:
+    """Makes a launch for each vector decay that acts between pairs: what it makes of a chunk is computed once, not in every tile."""
+    between = dict.fromkeys(_gate(n) for k in sweeps for n in walk(*_values(k)) if n.op in ("gram", "mix"))
+    stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
+    for n in dict.fromkeys(n for k in sweeps for n in walk(*_values(k))):
+        gate = _gate(n)
+        if gate is None or gate not in stores:
+            continue
+        stem = _STEMS.get(n.op) or f"{n.args[0].name or 'x'}_{n.args[1].op}"
+        name = next(x for i in range(99) if (x := f"{stem}_{gate.dims[0].lower()}" + (str(i) if i else "")) not in taken)
+        taken.add(name)
+        dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
+        stores[gate].append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
+    # pair sums last: they may take pair scores that another decay's launch stored
+    return tuple(
+        Kernel(f"{pass_}_chunks_{g.dims[0]}".lower(), "chunks", tuple(found), f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0])
+        for g, found in sorted(stores.items(), key=lambda x: any(s.value.op == "mix" for s in x[1]))
+        if found
+    )
+
+
+def _stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
+    """Returns what kernels store, by value."""
+    return {s.value: s.buffer for k in kernels for s in k.stores}
+
+
+def _others(stored: dict[Expr, Buffer], k: Kernel) -> dict[Expr, Buffer]:
+    """Leaves out what ``k`` stores itself."""
+    return {n: b for n, b in stored.items() if b not in [s.buffer for s in k.stores]}
 
 
 def _load(k: Kernel, stored: dict[Expr, Buffer]) -> Kernel:
