@@ -26,12 +26,12 @@ class Operator(Protocol):
     """What the laws ask of an operator (runtime/operator)."""
 
     def __call__(
-        self, /, *args: Tensor, scale: float | None, initial_state: object, output_final_state: bool, backend: str | None
+        self, /, *args: Tensor, scale: float | None, initial_state: Tensor | Tensors | None, output_final_state: bool, backend: str | None
     ) -> object:
         """Returns o, or (o, state)."""
         ...
 
-    def step(self, /, *args: Tensor, state: object, scale: float | None, backend: str | None) -> object:
+    def step(self, /, *args: Tensor, state: Tensor | Tensors | None, scale: float | None, backend: str | None) -> object:
         """Returns (o, state) of one token; writes the state in place."""
         ...
 
@@ -83,7 +83,7 @@ def _call(subject: Subject, scale: float | None) -> Run:
     variant = subject.variant
 
     def run(inputs: Tensors, params: Tensors, states: Tensors | None) -> tuple[Tensors, Tensors | None]:
-        state: object = states if states is None or len(states) != 1 else states[0]
+        state = states if states is None or len(states) != 1 else states[0]
         keep = variant.causal
         got = subject.op(*inputs, *params, scale=scale, initial_state=state, output_final_state=keep, backend=subject.backend)
         if not keep:
@@ -254,7 +254,7 @@ def _test_steps(law: str, subject: Subject, thorough: bool) -> Judged:
         held = tuple(s.clone() for s in states)
         rows: list[Tensors] = []
         for t in range(inputs[0].shape[1]):
-            state: object = held[0] if len(held) == 1 else held
+            state = held[0] if len(held) == 1 else held
             got = subject.op.step(*(x[:, t] for x in inputs), *params, state=state, scale=None, backend=subject.backend)
             assert isinstance(got, tuple), f"{variant.name}.step returns (o, state)"
             rows.append(_tuple(got[0]))
