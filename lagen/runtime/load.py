@@ -17,8 +17,9 @@ from types import CodeType
 from filelock import FileLock
 
 from lagen import data
-from lagen.emit.render import PRINTED, SUPPORT, render_package
+from lagen.emit.render import PRINTED, render_package
 from lagen.ir.variant import Variant
+from lagen.runtime import chunked, dispatch, operator, signature
 from lagen.runtime.build import digest_of, generate, write
 from lagen.runtime.operator import Operator
 from lagen.spec.read import read
@@ -46,9 +47,8 @@ class _Verified(SourceFileLoader):
 def load(spec: str | Path | Variant, printed: Sequence[str] = PRINTED) -> Operator:
     """Returns the operator of a spec: the path of a file, the name of a shipped spec, or a Variant.
 
-    ``printed`` names the backends beside torch that it gets.
-    Raises SpecErrors for mistakes in the file, the refusals of canonicalise, KeyError for an unknown name, OSError where the file or
-    the cache cannot be used.
+    ``printed`` names the backends beside torch that it gets. Raises SpecErrors for mistakes in the file, the refusals of canonicalise,
+    KeyError for an unknown name, OSError where the file or the cache cannot be used.
     """
     variant = spec if isinstance(spec, Variant) else read(_find(spec))
     files = render_package({variant.name: generate(variant, printed)})
@@ -58,8 +58,8 @@ def load(spec: str | Path | Variant, printed: Sequence[str] = PRINTED) -> Operat
     if package not in sys.modules:
         _store(folder, files)
         _import(package, folder, files)
-    operator: Operator = sys.modules[f"{package}.{variant.name}"].operator
-    return operator
+    loaded: Operator = sys.modules[f"{package}.{variant.name}"].operator
+    return loaded
 
 
 def _find(spec: str | Path) -> Path:
@@ -80,16 +80,22 @@ def _store(folder: Path, files: dict[str, str]) -> None:
 
 
 def _import(package: str, folder: Path, files: dict[str, str]) -> None:
-    """Imports a package's modules from verified files, what they import first; leaves nothing behind where that fails."""
-    carried = [f"_{name}.py" for name in SUPPORT]
-    modules = [*carried, *sorted(n for n in set(files) - {"__init__.py", *carried} if n.endswith(".py"))]
+    """Imports a package's modules from verified files; leaves nothing behind where that fails.
+
+    Of what a package carries, the operator's own modules are this process's: an error it raises is the one that lagen exports.
+    """
     with ExitStack() as undo:
         undo.callback(sys.modules.pop, package, None)
         sys.modules[package] = module_from_spec(ModuleSpec(package, None, origin=str(folder), is_package=True))
-        for name in modules:
-            full, path = f"{package}.{name.removesuffix('.py')}", str(folder / name)
-            loader = _Verified(full, path, digest_of(files[name].encode()))
-            spec = ModuleSpec(full, loader, origin=path)
+        for own in (signature, dispatch, operator, chunked):
+            alias = f"{package}._{own.__name__.rpartition('.')[2]}"
+            undo.callback(sys.modules.pop, alias, None)
+            sys.modules[alias] = own
+        modules = [f"{package}.{name.removesuffix('.py')}" for name in sorted(files) if name.endswith(".py") and name != "__init__.py"]
+        for full in (m for m in modules if m not in sys.modules):
+            name = f"{full.rpartition('.')[2]}.py"
+            loader = _Verified(full, str(folder / name), digest_of(files[name].encode()))
+            spec = ModuleSpec(full, loader, origin=str(folder / name))
             spec.has_location = True
             undo.callback(sys.modules.pop, full, None)
             sys.modules[full] = module_from_spec(spec)
