@@ -220,7 +220,7 @@ def compile_specs(paths: list[Path], targets: tuple[str, ...], as_json: bool, **
 
 
 @main.command()
-@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Training steps.")
+@click.option("--steps", default=400, show_default=True, type=click.IntRange(1), help="Training steps.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--prompt", default="The ", show_default=True)
 def demo(steps: int, seed: int, prompt: str) -> None:

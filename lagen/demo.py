@@ -90,13 +90,13 @@ class Model(nn.Module):
 
 def run(steps: int, seed: int, prompt: str) -> bool:
     """Trains, generates and compares; returns whether the loss fell and both ways of running the model agree."""
-    console = Console()
+    console = Console(soft_wrap=True)
     torch.manual_seed(seed)
     text = "\n".join(topics[name] for name in sorted(topics))
     console.print(f"text: {len(text):,} characters of Python's own documentation")
     operator = load("gla")
     model = Model(operator, "".join(sorted(set(text))))
-    console.print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, operator {operator!r}", soft_wrap=True)
+    console.print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, operator {operator!r}")
     tokens = model.encode(text)
     cut = len(tokens) * 9 // 10
     before = evaluate(model, tokens[cut:])
