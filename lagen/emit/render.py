@@ -61,7 +61,8 @@ def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: 
     if not isinstance(cpp, Fallback):
         backends.append(BackendText("cpp", f"Backend(cpp.forward, cpp.backward, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
     if kernels:
-        backends.append(BackendText("triton", f"Backend(triton_forward, triton_backward, {step.replace('torch', 'triton')})"))
+        functions = f"triton_forward, triton_backward, {step.replace('torch', 'triton')}"
+        backends.append(BackendText("triton", f"Backend({functions}, saves=TRITON_SAVES, saved=triton_saved)"))
     values = {
         "name": variant.name,
         "doc": variant.doc,

@@ -98,7 +98,9 @@ class _Module:
         order = [*first, *sorted(prelude - set(first))]
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
-        launch = environment().get_template("triton/launch.py.j2").render(functions=functions, chunk=self.r.chunk_default)
+        launch = environment().get_template("triton/launch.py.j2").render(
+            functions=functions, chunk=self.r.chunk_default, saves=len(self.plan.saved)
+        )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
 
     def core(self, k: Kernel) -> Recurrence:
@@ -255,7 +257,7 @@ class _Module:
         if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
             flags.append("closed")
         args += flags
-        lines.append(f"if {grid.split(' * ')[0]} * {' * '.join(grid.split(' * ')[1:])} > 0:")
+        lines.append(f"if {grid.split(' * ')[0]} * {' * '.join(grid.split(' * ')[1:])} > 0 and _launches({self.r.inputs[0].name}):")
         lines.append(f"    {k.name}[({grid},)](")
         lines += [f"        {a}," for a in args]
         lines.append(f"        num_warps={warps}, num_stages={stages},")
