@@ -220,7 +220,7 @@ class _Kernel:
         elif self.kernel.kind == "tokens":
             lines.append("T, HV, G, NC" + "".join(f", N{p}" for p in sorted(self.shares())))
         else:
-            lines.append("T, HV, G, NY, NSEG, SEG, LEVELS")
+            lines.append("T, HV, G, NY, NSEG, SEG, LEVELS" + (", EVERY, NB" if self.is_border() else ""))
         if self.out.rows:
             lines.append("BT: tl.constexpr")
         if dims:
@@ -232,6 +232,10 @@ class _Kernel:
         if flags:
             lines.append(", ".join(f"{f}: tl.constexpr" for f in flags))
         return lines
+
+    def is_border(self) -> bool:
+        """Tells whether the kernel stores its carry at every segment's border."""
+        return any(h.sink.startswith("border_") for h in self.kernel.holds)
 
     def extra(self, dims: tuple[str, ...]) -> tuple[str, ...]:
         """Lists dims that no tile has but whose size a value uses."""
@@ -285,6 +289,8 @@ class _Kernel:
         assert isinstance(out, SweepStatements)
         for hold in self.kernel.holds:
             self.start(hold)
+            if hold.sink.startswith("border_"):
+                self.border(hold)
         if any(E.reads(s.value, "suffix") for s in self.kernel.stores) or self.kernel.closings:
             out.head.append("t_last = tl.minimum(count * BT, m_end) - 1 if HAS_CLOSING else -1")
         news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
@@ -295,7 +301,8 @@ class _Kernel:
                 self.open(n)
         lines = [*out.lines, *out.across, *(f"b_{h.carry.state} = {new}" for h, new in news)]
         for hold in self.kernel.holds:
-            self.finish(hold)
+            if not hold.sink.startswith("border_"):
+                self.finish(hold)
         for closing in self.kernel.closings:
             self.close(closing)
         return lines
@@ -316,6 +323,17 @@ class _Kernel:
         if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
             load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
         self.before += [f"if HAS_{hold.source.upper()}:", f"    {tile.text} = {load}", "else:", f"    {tile.text} = {zero}"]
+
+    def border(self, hold: Hold) -> None:
+        """Prints the store of a carry where a segment begins (reversed: ends)."""
+        carry, state = hold.carry, self.states[hold.carry.state]
+        axes = tuple(d for d in (carry.x, carry.y) if d)
+        place, mask = self.place(state, carry), self.out.mask(axes)
+        at = self.point(hold.sink, state, "i_c // EVERY").replace("NSEG", "NB")
+        when = "(i == 0) | ((i_c + 1) % EVERY == 0)" if carry.reverse else "i_c % EVERY == 0"
+        store = f"tl.store({at} + {place}, b_{carry.state}, mask={mask})" if place else f"tl.store({at}, b_{carry.state})"
+        self.out.lines += [f"if {when}:", f"    {store}"]
+        self.pointers.append((hold.sink, state))
 
     def update(self, carry: Carry) -> str:
         """Prints a carry's next value, in place of the accumulator, and names it."""
@@ -403,7 +421,8 @@ class _Kernel:
             hold = next(h for h in self.kernel.holds if h.carry.state == name)
             state, carry = self.states[name], hold.carry
             held = out.tiles[carry.value]
-            self.pointers.append((f"dfinal_{name}", state))
+            if (f"dfinal_{name}", state) not in self.pointers:
+                self.pointers.append((f"dfinal_{name}", state))
             place, mask = self.place(state, carry), out.mask(held.axes)
             load = f"tl.load({self.point(f'dfinal_{name}', state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
             if state.head != self.top:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 
+from lagen.emit.forms import segments
 from lagen.emit.kernels import Printed, print_kernel
 from lagen.emit.templates import environment
 from lagen.emit.torch import render_tokens
@@ -79,7 +82,7 @@ class _Module:
         functions: list[str] = []
         prelude: set[str] = set()
         done: dict[Kernel, Printed | str] = {}
-        for k in self.plan.forward + self.plan.backward + self.plan.step:
+        for k in self.plan.borders + self.plan.forward + self.plan.backward + self.plan.step:
             if k in done:
                 continue
             if k.kind == "torch":
@@ -99,7 +102,7 @@ class _Module:
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
         launch = environment().get_template("triton/launch.py.j2").render(
-            functions=functions, chunk=self.r.chunk_default, saves=len(self.plan.saved)
+            functions=functions, chunk=self.r.chunk_default, saves=len(self.plan.saved), segments=_printed(segments)
         )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
 
@@ -219,21 +222,25 @@ class _Module:
                 args.append(f"{value}, {value}.stride(0), 0" + (f", {value}.stride(1)" if head else ""))
             else:
                 args.append(f"{value}, *{value}.stride()[:{lead}]")
+        sweep = k.kind == "sweep" and k not in self.plan.borders
         for name, _ in p.states:
-            args.append(self.pointer(name))
+            args.append(self.pointer(self.cut_name(name) if sweep else name))
         args += [c.buffer.name for c in k.closings]
         if p.scaled:
             args.append("scale")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
-        grid = {"sweep": f"B * {heads} * NY * NSEG", "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC", "chunks": f"B * {heads} * NC"}[k.kind]
+        grid = {"sweep": f"B * {heads} * NY" + ("" if k in self.plan.borders else " * NSEG"), "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC", "chunks": f"B * {heads} * NC"}[k.kind]
         tile = f"triton.cdiv({k.tile}, B{k.tile})" if k.tile else "1"
         warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1") if k.kind == "chunks" else ("4", "2")
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
             if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
                 lines.append("NSEG, SEG = triton.cdiv(T, BT), 1")
-            args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
+            if k in self.plan.borders:
+                args.append("T, HV, G, NY, 1, triton.cdiv(T, BT), BT.bit_length() - 1, SEG, NSEG")
+            else:
+                args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
             args.append("HV, G, NY")
@@ -253,7 +260,7 @@ class _Module:
         if p.sizes:
             args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)")
-        flags = [self.flag(name) for name, _ in p.states] if k.kind == "sweep" else []
+        flags = [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states] if k.kind == "sweep" else []
         if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
             flags.append("closed")
         args += flags
@@ -272,9 +279,38 @@ class _Module:
             return self.buffers[name].token
         return all(t.token for t in self.tensors if t.name == name)
 
+    def segments(self, kernels: tuple[Kernel, ...], exact: str) -> list[str]:
+        """Prints how a pass cuts its scans."""
+        sweeps = [k for k in kernels if k.kind == "sweep"]
+        if not self.plan.borders:
+            return ["NSEG, SEG = 1, max(1, triton.cdiv(T, BT))"]
+        tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
+        longest = f"(2**31 - 1) // (BT * max(x.stride(1) for x in ({', '.join(t.name for t in self.r.inputs)},)))"
+        call = f"B * HV{tiles}, triton.cdiv(T, BT), _processors(device), {longest}, {exact}"
+        return [f"SEG = FORM or _segments({call})[0]", "NSEG = max(1, triton.cdiv(T, max(1, SEG * BT)))"]
+
+    def borders(self, states: tuple[State, ...]) -> list[Kernel]:
+        """Lists the launches that store ``states`` at segments' borders."""
+        return [k for k in self.plan.borders if k.holds[0].carry.state in {s.name for s in states}]
+
+    def cut(self, states: tuple[State, ...]) -> list[str]:
+        """Prints the launches that store states at the segments' borders."""
+        lines: list[str] = []
+        for k in self.borders(states):
+            state = self.states[k.holds[0].carry.state]
+            lines.append(f"border_{state.name} = torch.empty(({', '.join(['B', *(['HV'] if self.top else []), 'NSEG', *state.dims])},), dtype=torch.float32, device=device)")
+            lines += self.launch(k, step=False)
+            source = k.holds[0].source
+            lines.append(f"{source.replace('initial', 'start').replace('dfinal', 'after')} = border_{state.name}")
+        return ["if NSEG > 1:", *(f"    {x}" for x in lines)] if lines else []
+
     def pointer(self, name: str) -> str:
         """Prints the tensor behind a state's pointer; any tensor stands in for one that is absent."""
         return f"{name} if {name} is not None else {self.r.inputs[0].name}" if not name.startswith("state_") else name
+
+    def cut_name(self, name: str) -> str:
+        """Names what a sweep starts from: a given state, or a segment's border."""
+        return name.replace("initial_", "start_") if name.startswith("initial_") else name.replace("dfinal_", "after_") if name.startswith("dfinal_") else name
 
     def flag(self, name: str) -> str:
         """Prints whether a state's pointer is there."""
@@ -295,12 +331,17 @@ class _Module:
         """Prints triton_forward."""
         self.done = done
         causal = all(s.causal for s in self.r.states)
-        lines = self.sizes(step=False) + self.tiles(list(self.plan.forward)) + ["NSEG, SEG = 1, triton.cdiv(T, BT)"]
+        lines = self.sizes(step=False) + self.tiles([*self.borders(self.r.states), *self.plan.forward]) + self.segments(self.plan.forward, "False")
         lines += self.unpack("initial_states", "initial", self.r.states)
+        lines += [f"start_{s.name} = initial_{s.name}" for s in self.r.states]
         for s in self.r.states:
             empty = f"torch.empty({self.state_shape(s, False)}, dtype=torch.float32, device=device)"
             lines.append(f"final_{s.name} = {empty} if output_final_state else None" if causal else f"final_{s.name} = None")
+        cut = False
         for k in self.plan.forward:
+            if k.kind == "sweep" and not cut:
+                lines += self.cut(self.r.states)
+                cut = True
             lines += self.launch(k, step=False)
         outs = ", ".join(n for n, _ in self.r.outputs) + ","
         finals = ", ".join(f"final_{s.name}" for s in self.r.states) + ","
@@ -311,10 +352,13 @@ class _Module:
     def backward(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_backward."""
         self.done = done
-        lines = self.sizes(step=False) + self.tiles(list(self.plan.backward)) + ["NSEG, SEG = 1, triton.cdiv(T, BT)"]
+        gated = any(k.closings for k in self.plan.backward)
+        exact = "dtype == torch.float32" if gated else "False"
+        lines = self.sizes(step=False) + self.tiles([*self.plan.borders, *self.plan.backward]) + self.segments(self.plan.backward, exact)
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
-        lines.append("closed = d_final_states is not None")
+        lines += [f"start_{s.name}, after_{s.name} = initial_{s.name}, dfinal_{s.name}" for s in self.r.states]
+        lines.append("closed = NSEG > 1 or d_final_states is not None")
         lines.append(f"{', '.join(n for n, _ in self.r.outputs)}, = map(_unit, outputs)")
         lines.append(f"{', '.join(t.name for t in self.a.cotangents)}, = map(_unit, d_outputs)")
         if self.plan.saved:
@@ -322,7 +366,11 @@ class _Module:
         for s in self.r.states:
             empty = f"torch.empty({self.state_shape(s, True)}, dtype=torch.float32, device=device)"
             lines.append(f"dinitial_{s.name} = {empty} if initial_states is not None else None")
+        cut = False
         for k in self.plan.backward:
+            if k.kind == "sweep" and not cut:
+                lines += self.cut(tuple(self.states.values()))
+                cut = True
             lines += self.launch(k, step=False)
         grads, params = [], []
         torch_made = {s.buffer.name for k in self.plan.backward if k.kind == "torch" for s in k.stores}
@@ -367,6 +415,11 @@ class _Module:
                 lines += [f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores]
         lines.append(f"return ({', '.join(n for n, _ in self.r.outputs)},)")
         return _function("triton_step(inputs, params, scale, states)", "Launches one decode step; the states are advanced in place.", lines)
+
+
+def _printed(function: Callable[..., object]) -> str:
+    """Returns the source of a function that generated files carry, under a name of theirs."""
+    return inspect.getsource(function).replace("def ", "def _", 1).rstrip()
 
 
 def _items(names: list[str]) -> str:

@@ -102,9 +102,10 @@ class Plan:
     step: tuple[Kernel, ...]
     saved: tuple[Buffer, ...]
     states: tuple[State, ...]
+    borders: tuple[Kernel, ...] = ()  # by state, what a scan cut into segments launches first; none where it cannot be cut
 
     def __str__(self) -> str:
         parts = [f"plan {self.name}"]
-        for title, kernels in (("forward", self.forward), ("backward", self.backward), ("step", self.step)):
+        for title, kernels in (("borders", self.borders), ("forward", self.forward), ("backward", self.backward), ("step", self.step)):
             parts += [title, *(f"  {line}" for k in kernels for line in str(k).splitlines())]
         return "\n".join(parts)

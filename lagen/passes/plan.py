@@ -23,7 +23,7 @@ from lagen.ir.chunk import TILE_OPS, Carry
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
 from lagen.passes.lower_rows import lower_rows
-from lagen.passes.simplify import addends, simplify
+from lagen.passes.simplify import addends, factor, simplify
 
 ROWS = ("contract", "sum", "mean", "rowmax")
 SIZED = ("concat", "taylor2", "quad", "rename", "part", "untaylor2", "unquad", "outer")
@@ -44,7 +44,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     back = _map_adjoint(back, lambda e: E.substitute(e, table))
     head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
     saved = _saved(core, back, head)
-    back = _map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in saved.items()}))
+    # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
+    back = _map_adjoint(back, lambda e: factor(E.substitute(e, {n: b.leaf for n, b in saved.items()})))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     kept = {b.name: b for b in saved.values() if b.name not in outputs}
 
@@ -79,6 +80,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     undone = _chunked("backward", reverse, head, taken)
     # what the forward stores beyond its pair sums serves the backward too
     kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*_values(k))) for k in (*reverse, *undone))]
+    borders = tuple(_load(_load(_border(s), decayed), _stored(undone)) for s in core.states + back.states)
     return Plan(
         recurrence.name,
         (*prepare, *(_load(k, _others(decayed, k)) for k in chunked), *(_load(k, decayed) for k in sweeps)),
@@ -86,6 +88,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
         (*prepared.values(), *kept.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
+        borders if all(s.causal and s.head == head for s in core.states) else (),
     )
 
 
@@ -193,6 +196,14 @@ def _tokens(name: str, stores: list[Store], why: str) -> tuple[Kernel, ...]:
         return ()
     sized = any(n.op in SIZED or (n.op == "contract" and n.dims) for s in stores for n in walk(s.value))
     return (Kernel(name, "torch" if sized else "tokens", tuple(stores), why + ("; sizes change: torch operations" if sized else "")),)
+
+
+def _border(s: State) -> Kernel:
+    """Makes the launch that stores a state where every segment begins (of a reverse state: where it ends)."""
+    x, tile = (s.dims[0], s.dims[1]) if len(s.dims) == 2 else ("", (*s.dims, "")[0])
+    source = f"dfinal_{s.name[1:]}" if s.reverse else f"initial_{s.name}"
+    hold = Hold(carry_of(s, x), source, f"border_{s.name}")
+    return Kernel(f"cut_{s.name}".lower(), "sweep", (), f"{s.name} where segments meet", tile, s.reverse, (hold,))
 
 
 def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, ...]:
@@ -411,10 +422,10 @@ class _Pass:
                 return n if n.op == "readout" else None
             reads, writes = n.args
             partial = key[1] if any(self.partial(a, self.side(a, key)) for a in n.args) else ""
-            if reads != E.ZERO:
+            if reads != E.ZERO and self.side(reads, key) != key:  # what this sweep computes itself need not cross memory
                 reads = self.store(reads, self.side(reads, key), "float32")
             states = tuple(n.attr("states").split())
-            closing = Buffer(f"closing_{'_'.join(states)}", self.head, n.dims, False, "float32", partial)
+            closing = Buffer("_".join(("closing", *states, *n.dims)), self.head, n.dims, False, "float32", partial)
             self.closings.append(((False, key[1]), Closing(closing, states)))
             return Expr("suffix", (reads, writes, closing.leaf), dims=n.dims, head=n.head, token=True, attrs=n.attrs)
 
@@ -458,14 +469,19 @@ class _Pass:
         """Makes the launches: sums over all tokens, sweeps in order of need, then the finish; ``ends`` are the buffers of carries."""
         out = self.sums(given)
         sunk: set[str] = set()
-        for key in sorted(self.sweeps, key=lambda k: k[0]):
-            stores = self.sweeps[key]
+        for key in sorted({**self.sweeps, **dict(self.closings)}, key=lambda k: k[0]):
+            stores = self.sweeps.get(key, [])
             reverse, tile = key
             carries: dict[tuple[str, str], Carry] = {}
             for n in dict.fromkeys(n for n, k in self.home.items() if k == key and n.op == "readout"):
                 state = self.states[n.name]
                 updated = n.attr("at") != "all"
                 carries[n.name, n.attr("dim")] = carry_of(state, n.attr("dim"), updated)
+            closings = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
+            for name in dict.fromkeys(name for c in closings for name in c.states):  # a closing wants the carry though nothing reads it
+                if all(name != carried for carried, _ in carries):
+                    x = next((d for d in self.states[name].dims if d != tile), "")
+                    carries[name, x] = carry_of(self.states[name], x)
             if not carries:
                 continue
 
@@ -477,7 +493,6 @@ class _Pass:
                 source, sink = ends[c.state] if c.updated else (f"total_{c.state}", "")
                 holds.append(Hold(c, source, "" if c.state in sunk else sink))
                 sunk.add(c.state)
-            closings = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
             way = "rev" if reverse else "fwd"
             out.append(
                 Kernel(

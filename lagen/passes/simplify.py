@@ -18,10 +18,10 @@ _INCLUSIVE = {"decayed": "now", "later": "since"}
 
 
 def simplify(adjoint: Adjoint) -> Adjoint:
-    """Simplifies every gradient of ``adjoint``."""
+    """Joins strict readouts with own terms in every gradient of ``adjoint``."""
     states = {s.name: s for s in adjoint.recurrence.states + adjoint.states}
     strict = {n for _, e in adjoint.gradients for s in E.reads(e, "suffix") for a in s.args for n in walk(a) if n.op == "readout"}
-    gradients = tuple((name, factor(absorb(e, states, strict))) for name, e in adjoint.gradients)
+    gradients = tuple((name, absorb(e, states, strict)) for name, e in adjoint.gradients)
     return replace(adjoint, gradients=gradients)
 
 

@@ -1,0 +1,24 @@
+"""Chooses between the forms of a scan: fused, segmented, split. The function is printed into generated files, and explain calls it."""
+
+from __future__ import annotations
+
+
+def segments(programs: int, chunks: int, processors: int, longest: int, exact: bool) -> tuple[int, str]:
+    """Chooses how many chunks a program runs through, and says why.
+
+    ``programs`` are those of a fused scan (batch x heads x tiles), ``processors`` the device's, ``longest`` the chunks whose offsets
+    fit 32 bits; ``exact`` asks for a gate's gradient closed at every chunk.
+    """
+    if chunks <= 1:
+        return 1, "fused: one chunk"
+    if exact:
+        return 1, "split: float32 gates are closed at every chunk, so that no rounding drifts through the sequence"
+    if programs >= processors and chunks <= longest:
+        return chunks, f"fused: {programs} programs fill {processors} processors, the state never leaves registers"
+    want = max(1, chunks * programs // (2 * processors))
+    length = min(longest, 1 << (want.bit_length() - 1))
+    if length >= chunks:
+        return chunks, f"fused: {chunks} chunks are too few to cut"
+    if length == 1:
+        return 1, f"split: {programs} programs leave most of {processors} processors idle"
+    return length, f"segmented: {programs} programs are too few for {processors} processors; segments of {length} chunks"
