@@ -13,7 +13,6 @@ import jinja2
 
 from lagen import data
 from lagen.emit.cpp_plan import (
-    LEAVES,
     POST,
     REDUCTIONS,
     Fallback,
@@ -32,7 +31,14 @@ from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.scalar import FUNCTIONS
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-_POWERS = {2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", -1.0: "1.0f / {0}", -2.0: "1.0f / ({0} * {0})", 0.5: "lg_sqrt({0})", -0.5: "1.0f / lg_sqrt({0})"}
+_POWERS = {
+    2.0: "{0} * {0}",
+    3.0: "{0} * {0} * {0}",
+    -1.0: "1.0f / {0}",
+    -2.0: "1.0f / ({0} * {0})",
+    0.5: "lg_sqrt({0})",
+    -0.5: "1.0f / lg_sqrt({0})",
+}
 _START = {"rowmax": "splat(-INFINITY)"}
 
 
@@ -249,9 +255,7 @@ class _Printer:
         if s.rows and self.direction == "step":
             return
         if s.rows:
-            operands = max(
-                2 * len(t.writes) + len(t.reads) for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label
-            )
+            operands = max(2 * len(t.writes) + len(t.reads) for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label)
             members.append(f"Matrix {s.label};  // rows {s.rows}, lanes {s.lanes}")
             built.append(f"{s.label} = Matrix(a, {_size(s.rows)}, {_size(s.lanes)}, {operands});")
         else:
@@ -361,8 +365,8 @@ class _Printer:
         if isinstance(step, Suffix):
             n = step.node
             pad = _pad((n.dims or ("",))[0])
-            x, y = (self.operand(a) for a in n.args)
-            return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, n, {pad}, t0 + n == z.T);"]
+            x, y, decay = (*(self.operand(a) for a in n.args), "{}")[:3]
+            return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, {decay}, n, {pad}, t0 + n == z.T);"]
         return self.resize(step, once)
 
     def value(self, node: Expr, dim: str, inside: set[Expr], preamble: dict[str, str], body: list[str]) -> str:
@@ -465,7 +469,7 @@ class _Printer:
         reads = sorted(s.reads, key=lambda r: r.attr("at") in POST)
         strict = sum(r.attr("at") not in POST for r in reads)
         shape = f"<{len(s.writes)}, {strict}, {len(reads) - strict}>"
-        lines = [f"{{  // {s.state}" if len(str(s.state)) < 110 else "{", f"  const Decay decay{{{decay}}};"]
+        lines = ["{", f"  const Decay decay{{{decay}}};"]
         if s.writes:
             lines.append("  const Written writes[] = {" + ", ".join(self.written(s, w) for w in s.writes) + "};")
         if reads:
@@ -477,7 +481,8 @@ class _Printer:
                 first = f" {self.is_first(s)}," if s.rows else ""
                 assert s.decay[index].dims == node.dims, f"{node} closes another decay of {name}"
                 lines.append("  if (t0 + 1 == z.T)")
-                lines.append(f"    if (const float* d = c.d_final_{name}.own_state(b, h)) w.{s.label}.close(w.sum_{self.names[node]}, {on}, d,{first} decay, 0);")
+                given = f"if (const float* d = c.d_final_{name}.own_state(b, h))"
+                lines.append(f"    {given} w.{s.label}.close(w.sum_{self.names[node]}, {on}, d,{first} decay, 0);")
         operands = f"{'writes' if s.writes else 'nullptr'}, {'reads' if reads else 'nullptr'}"
         way = "-1" if s.state.reverse else "1"
         if s.rows and self.direction == "step":

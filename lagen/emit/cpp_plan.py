@@ -73,7 +73,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Suffix:
-    """A running sum from the last token on: the gradient of a log-decay."""
+    """A running sum from the last token on: the gradient of a log-decay. Operands: x, y and, where the sum may start anew, exp(g)."""
 
     node: Expr
 
@@ -110,7 +110,8 @@ class Program:
             lines.append("  pass, tokens last to first" if p.reverse else "  pass")
             for s in p.steps:
                 if isinstance(s, Sweep):
-                    lines.append(f"    sweep {s.label}: {len(s.writes)} writes, {len(s.reads)} reads over {s.rows or 'nothing'}, lanes {s.lanes or '1'}")
+                    shape = f"{len(s.writes)} writes, {len(s.reads)} reads over {s.rows or 'nothing'}, lanes {s.lanes or '1'}"
+                    lines.append(f"    sweep {s.label}: {shape}")
                 elif isinstance(s, Loop):
                     lines.append(f"    loop over {s.dim or 'tokens'}: " + "; ".join(str(n) for n in s.nodes))
                 else:
@@ -132,7 +133,9 @@ def plan_backward(adjoint: Adjoint) -> Program | Fallback:
     return _plan(adjoint.recurrence, adjoint.recurrence.states + adjoint.states, gradients, ends)
 
 
-def _plan(recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]) -> Program | Fallback:
+def _plan(
+    recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]
+) -> Program | Fallback:
     reason = _unfit(recurrence, states, [e for _, e in sinks])
     return Fallback(reason) if reason else _Planner(recurrence, states, sinks, ends).program()
 
@@ -150,7 +153,8 @@ def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr])
     for s in states:
         if any(len(g.dims) > 1 for g in s.decay):
             return f"the decay of {s.name} is dense"
-        if any(not w.decayed for w in s.writes) and any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots)):
+        inclusive = any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots))
+        if inclusive and any(not w.decayed for w in s.writes):
             return f"{s.name} is read inclusively beside an undecayed write"
     for n in walk(*roots, *bodies):
         if n.op == "readout" and len(by_name[n.name].dims) > 1 and n.attr("dim") == "":
@@ -171,7 +175,8 @@ class _Planner:
     ) -> None:
         self.sizes = dict(recurrence.sizes)
         self.head = recurrence.outputs[0][1].head
-        self.states = {s.name: s for s in states}
+        self.raw = {s.name: s for s in states}
+        self.states = self.raw
         self.lowered: dict[Expr, Expr] = {}
         self.states = {s.name: self.lower_state(s) for s in states}
         self.sinks = tuple((n, _row(self.lower(e), e.dims, token=True)) for n, e in sinks)
@@ -192,6 +197,11 @@ class _Planner:
     def _read(self, n: Expr) -> Expr | None:
         if n.op == "mean":
             return E.div(E.reduce("sum", self.lower(n.args[0])), E.size(n.attr("dim")))
+        if n.op == "suffix":
+            covered = self.raw[n.attr("states").split()[0]]
+            gate = next(g for g in covered.decay if g.dims == n.dims)
+            past = any(r.attr("at") == "previous" for r in E.reads(n.args[0], "readout"))  # a pair beside the decay, not across it
+            return replace(n, args=(*(self.lower(a) for a in n.args), *(() if past else (E.call("exp", self.lower(gate)),))))
         if n.op != "readout" or len(self.states[n.name].dims) > 1:
             return None
         state = replace(readout(self.states[n.name], ONE, "", n.attr("at")), head=self.states[n.name].head)

@@ -1,0 +1,323 @@
+"""The C++ backend: generated code against the float64 oracle, its building and its calling conventions."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import lagen
+from lagen import data
+from lagen.emit.cpp import fallback, render_cpp, whole
+from lagen.emit.cpp_plan import Fallback, Sweep, plan_backward, plan_forward
+from lagen.passes.canonicalise import canonicalise
+from lagen.passes.differentiate import differentiate
+from lagen.passes.simplify import simplify
+from lagen.runtime import cpp
+from lagen.runtime.operator import Operator
+from lagen.spec.read import read, read_text
+from lagen.verify.cases import Case, Extent, make
+from lagen.verify.oracle import oracle
+
+pytestmark = pytest.mark.skipif(not cpp.compilers(), reason="no C++ compiler")
+Tensors = tuple[Tensor, ...]
+SPECS = ("simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "based", "efficient_attention")
+BY_VALUE = """
+name: by_value
+inputs: {q: [H, K], k: [H, K], v: [HV, V], gk: [H, K], gv: [HV, V], g: [HV]}
+assume:
+  - gk <= 0
+  - gv <= 0
+  - g <= 0
+recurrence:
+  S: exp(gk) * (exp(gv) * (exp(g) * S[t-1])) + outer(k, v)
+  z: exp(gk) * (exp(g) * z[t-1]) + k
+  o: scale * (q @ S[t]) + (q @ z[t]) * v
+"""
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Returns |got - wanted| / |wanted|."""
+    assert got.shape == wanted.shape and bool(got.isfinite().all())
+    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.numel() else 0.0
+
+
+def run(op: Operator, case: Case, states: bool = True) -> dict[str, Tensor]:
+    """Runs forward and backward through the operator's C++; returns outputs, final states and gradients by name."""
+    leaves = [x.clone().requires_grad_() for x in (*case.inputs, *case.params, *(case.initial_states or ()))]
+    n = len(case.inputs) + len(case.params)
+    initial = tuple(leaves[n:]) or None
+    out = op(*leaves[:n], initial_state=initial, output_final_state=states and op.spec.causal, backend="cpp")
+    o, final = out if states and op.spec.causal else (out, ())
+    made = (*(o if isinstance(o, tuple) else (o,)), *(final if isinstance(final, tuple) else (final,)))
+    return collect(op, made, leaves, (*case.d_outputs, *case.d_states))
+
+
+def reference(op: Operator, variant: lagen.ir.variant.Variant, case: Case) -> dict[str, Tensor]:
+    """Evaluates the same in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (*case.inputs, *case.params, *(case.initial_states or ()))]
+    n, m = len(case.inputs), len(case.params)
+    outputs, final = oracle(variant, tuple(leaves[:n]), tuple(leaves[n : n + m]), None, tuple(leaves[n + m :]) or None)
+    return collect(op, (*outputs, *(final or ())), leaves, (*case.d_outputs, *case.d_states))
+
+
+def collect(op: Operator, made: Tensors, leaves: list[Tensor], cotangents: Tensors) -> dict[str, Tensor]:
+    """Names results and gradients."""
+    spec = op.spec
+    loss = sum((x * d.to(x.dtype)).sum() for x, d in zip(made, cotangents, strict=False))
+    assert isinstance(loss, Tensor)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    names = [a.name for a in spec.outputs + spec.states]
+    table = {n: x.detach() for n, x in zip(names, made, strict=False)}
+    given = [f"d{a.name}" for a in spec.inputs + spec.params] + [f"d initial {a.name}" for a in spec.states]
+    return table | {n: torch.zeros_like(x) if g is None else g for n, g, x in zip(given, gradients, leaves, strict=False)}
+
+
+def agree(op: Operator, variant: lagen.ir.variant.Variant, case: Case, limit: float = 5e-7, gradients: float = 1e-5) -> None:
+    """Compares every result of a case with the oracle's."""
+    got, wanted = run(op, case), reference(op, variant, case)
+    assert got.keys() == wanted.keys()
+    for name, x in got.items():
+        assert error(x, wanted[name]) < (gradients if name.startswith("d") else limit), f"{name}: {error(x, wanted[name])}, {case}"
+
+
+def loaded(name: str) -> tuple[Operator, lagen.ir.variant.Variant]:
+    """Loads a shipped spec, or BY_VALUE."""
+    variant = read_text(BY_VALUE, "by_value.yaml") if name == "by_value" else read(data.spec(name))
+    return lagen.load(variant), variant
+
+
+# ---- meaning --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time", [0, 1, 15, 16, 17, 53])
+@pytest.mark.parametrize("name", [*SPECS, "by_value"])
+def test_agrees_with_the_oracle_at_every_length(name: str, time: int) -> None:
+    op, variant = loaded(name)
+    if name == "efficient_attention" and time < 2:
+        pytest.skip("a mean over one token has gradients that are zero but for noise")
+    agree(op, variant, make(variant, Extent(time, heads=1), carried=bool(time % 2)), gradients=5e-5 if name == "mamba2" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "dims", [{"K": 1, "V": 1}, {"K": 64, "V": 64}, {"K": 16, "V": 96}, {"K": 70, "V": 33}, {"K": 33, "V": 130}], ids=str
+)
+@pytest.mark.parametrize("name", ["gla", "by_value"])
+def test_any_size_of_state(name: str, dims: dict[str, int]) -> None:
+    op, variant = loaded(name)
+    agree(op, variant, make(variant, Extent(37, dims=tuple(dims.items())), carried=True))
+
+
+@pytest.mark.parametrize("gate", [0.0, -5.0, -20.0, -50.0, -200.0, -float("inf")])
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "by_value"])
+def test_any_gate_and_a_gradient_that_does_not_cancel(name: str, gate: float) -> None:
+    op, variant = loaded(name)
+    case = make(variant, Extent(40, dims=(("K", 20), ("V", 12))), carried=True)
+    closed = tuple(torch.full_like(x, gate) if a.name.startswith("g") else x for a, x in zip(variant.inputs, case.inputs, strict=True))
+    case = Case(case.regime, case.dtype, closed, case.params, case.initial_states, case.d_outputs, case.d_states)
+    got, wanted = run(op, case), reference(op, variant, case)
+    for key, x in got.items():
+        if key.startswith("dg") and gate < -40:  # under 1e-18 of what stands beside it: zero
+            assert float(x.abs().max()) < 1e-15, key
+        else:
+            assert error(x, wanted[key]) < (1e-5 if key.startswith("dg") else 5e-7), f"{key}: {error(x, wanted[key])}"
+
+
+def test_gates_that_close_one_token_alone() -> None:
+    for name in ("gla", "rwkv6"):
+        op, variant = loaded(name)
+        case = make(variant, Extent(50), "resets", carried=True)
+        agree(op, variant, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["simple_gla", "linear_attention"])
+def test_half_precision_in_and_out(name: str, dtype: torch.dtype) -> None:
+    op, variant = loaded(name)
+    case = make(variant, Extent(37), dtype=dtype, carried=True)
+    got = run(op, case)
+    assert got["o"].dtype == dtype and got["dv"].dtype == dtype and got["S"].dtype == torch.float32
+    agree(op, variant, case, limit=4e-3, gradients=4e-3)
+
+
+def test_any_strides() -> None:
+    op, variant = loaded("gla")
+    case = make(variant, Extent(21, heads=3))
+    plain = op(*case.inputs, backend="cpp")
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs[:-1]]
+    last = torch.empty(*case.inputs[-1].shape, 2)[..., 0]
+    last.copy_(case.inputs[-1])
+    assert torch.equal(op(*turned, last, backend="cpp"), plain)
+
+
+# ---- decode -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [{"K": 13, "V": 11}, {"K": 64, "V": 64}, {"K": 70, "V": 130}], ids=str)
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "by_value"])
+def test_token_by_token_is_the_whole(name: str, dims: dict[str, int]) -> None:
+    op, variant = loaded(name)
+    case = make(variant, Extent(5, dims=tuple(dims.items()), group=2), carried=True)
+    o, final = op(*case.inputs, *case.params, initial_state=case.initial_states, output_final_state=True, backend="cpp")
+    state = tuple(s.clone() for s in case.initial_states or ())
+    with torch.no_grad():
+        for t in range(5):
+            one, after = op.step(*(x[:, t] for x in case.inputs), *case.params, state=state, backend="cpp")
+            assert error(one, o[:, t].double()) < 1e-6
+    for x, y in zip(state, final if isinstance(final, tuple) else (final,), strict=True):
+        assert error(x, y.double()) < 1e-6
+
+
+# ---- threads, forks -------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_change_no_bit() -> None:
+    op, variant = loaded("simple_gla")
+    case = make(variant, Extent(50, batch=3, heads=2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(op, case)
+        torch.set_num_threads(5)
+        together = run(op, case)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(alone[n], together[n]) for n in alone)
+
+
+def test_a_call_releases_the_interpreter_lock() -> None:
+    op, variant = loaded("simple_gla")
+    case = make(variant, Extent(6000, batch=4, heads=4, dims=(("K", 64), ("V", 64))))
+    ticks, done = [0], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks[0] += 1
+            time.sleep(0.0005)
+
+    op(*(x[:, :2] for x in case.inputs), backend="cpp")
+    other = threading.Thread(target=tick)
+    other.start()
+    op(*case.inputs, backend="cpp")
+    counted = ticks[0]
+    done.set()
+    other.join()
+    assert counted > 3
+
+
+def _in_child(op: Operator, case: Case, queue: multiprocessing.Queue[float]) -> None:
+    queue.put(float(op(*case.inputs, backend="cpp").double().sum()))
+
+
+def test_a_forked_child_computes_the_same() -> None:
+    op, variant = loaded("simple_gla")
+    case = make(variant, Extent(40, batch=4))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        mine = float(op(*case.inputs, backend="cpp").double().sum())
+        fork = multiprocessing.get_context("fork")
+        queue: multiprocessing.Queue[float] = fork.Queue()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = fork.Process(target=_in_child, args=(op, case, queue))
+            child.start()
+        theirs = queue.get(timeout=60)
+        child.join(60)
+    finally:
+        torch.set_num_threads(before)
+    assert theirs == mine
+
+
+# ---- building -------------------------------------------------------------------------------------------------------------------
+
+TINY = 'extern "C" int lagen_tiny(const long* x) { return (int)x[0]; }\n'
+
+
+def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
+    counter = tmp_path / "c++"
+    real = cpp.compilers()[0]
+    counter.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo >> {tmp_path}/count ;; esac\nexec {real} "$@"\n')
+    counter.chmod(0o755)
+    code = f"from lagen.runtime import cpp; import ctypes; print(ctypes.CDLL(str(cpp.build({TINY!r}, 'tiny'))).lagen_tiny)"
+    environment = os.environ | {"CXX": str(counter), "LAGEN_CACHE_DIR": str(tmp_path / "cache")}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(6)
+    ]
+    for process in started:
+        _, told = process.communicate(timeout=200)
+        assert process.returncode == 0, told.decode()
+    assert (tmp_path / "count").read_text().count("\n") == 1
+    assert [p.suffix for p in (tmp_path / "cache" / "cpp").iterdir() if p.suffix != ".lock"] == [".so"]
+
+
+def test_what_the_compiler_is_told_makes_another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
+    first, again = cpp.build(TINY, "tiny"), cpp.build(TINY, "tiny")
+    other = cpp.build(TINY + "// changed\n", "tiny")
+    assert isinstance(first, Path) and first == again and first != other
+
+
+def test_without_a_compiler_torch_serves_and_one_warning_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    op, variant = loaded("simple_gla")
+    case = make(variant, Extent(9))
+    wanted = op(*case.inputs, backend="torch")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
+    served = op.backends["cpp"].forward.__self__  # type: ignore[attr-defined]
+    monkeypatch.setattr(served, "loaded", None)
+    with pytest.warns(UserWarning, match="/nowhere/c\\+\\+") as told:
+        assert torch.equal(op(*case.inputs), wanted)
+        assert torch.equal(op(*case.inputs), wanted)
+    assert len(told) == 1
+
+
+def test_a_file_that_does_not_compile_is_a_reason_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
+    built = cpp.build("this is no C++\n", "broken")
+    assert isinstance(built, cpp.Missing) and "error" in built.reason
+
+
+# ---- the plan and the text ------------------------------------------------------------------------------------------------------
+
+
+def compiled(text: str) -> tuple[lagen.ir.recurrence.Recurrence, lagen.ir.recurrence.Adjoint]:
+    recurrence = canonicalise(read_text(text, "spec.yaml"))
+    return recurrence, simplify(differentiate(recurrence))
+
+
+def test_backward_takes_three_sweeps_of_a_plain_state() -> None:
+    recurrence, adjoint = compiled(data.spec("simple_gla").read_text())
+    forward, backward = plan_forward(recurrence), plan_backward(adjoint)
+    assert not isinstance(forward, Fallback) and not isinstance(backward, Fallback)
+    assert [s.label for p in forward.passes for s in p.steps if isinstance(s, Sweep)] == ["S_K_"]
+    assert sorted(s.label for p in backward.passes for s in p.steps if isinstance(s, Sweep)) == ["S_V_", "dS_K_", "dS_V_"]
+    assert [p.reverse for p in backward.passes] == [False, True]
+
+
+def test_two_renders_give_the_same_bytes() -> None:
+    recurrence, adjoint = compiled(BY_VALUE)
+    first = render_cpp(recurrence, adjoint)
+    assert not isinstance(first, Fallback) and first == render_cpp(recurrence, adjoint)
+    assert whole(first).count("struct Matrix") == 1
+
+
+def test_what_the_fast_form_cannot_carry_is_a_fact_with_a_reason() -> None:
+    recurrence, adjoint = compiled(data.spec("performer").read_text())
+    told = render_cpp(recurrence, adjoint)
+    assert isinstance(told, Fallback) and told.reason == fallback(recurrence, adjoint) and "W" in told.reason
+
+
+def test_forward_scratch_does_not_grow_with_time() -> None:
+    recurrence, _ = compiled(data.spec("gla").read_text())
+    forward = plan_forward(recurrence)
+    assert not isinstance(forward, Fallback) and forward.kept == ()
