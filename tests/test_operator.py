@@ -306,10 +306,8 @@ def test_importing_a_build_twice_reuses_what_is_registered(op: Operator) -> None
 def test_an_operator_survives_a_reload_of_its_package(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lagen.runtime.build import build
 
-    build(
-        [read_text("name: anew\ninputs: {k: [H, K], v: [H, V]}\nrecurrence:\n  S: S[t-1] + outer(k, v)\n  o: k @ S[t]\n")],
-        tmp_path / "again",
-    )
+    text = "name: anew\ninputs: {k: [H, K], v: [H, V]}\nrecurrence:\n  S: S[t-1] + outer(k, v)\n  o: k @ S[t]\n"
+    build([read_text(text)], tmp_path / "again", printed=())
     monkeypatch.syspath_prepend(str(tmp_path))
     package = importlib.import_module("again")
     x = torch.randn(1, 4, 1, 3)
@@ -322,3 +320,14 @@ def test_an_operator_survives_a_reload_of_its_package(tmp_path, monkeypatch: pyt
 
 def test_a_model_with_an_operator_can_be_copied(op: Operator) -> None:
     assert copy.deepcopy({"mix": op})["mix"] is op
+
+
+def test_compile_and_autograd_take_a_backend_that_keeps_tensors() -> None:
+    gla = lagen.load("gla")
+    assert gla.backends["triton"].saves > 0
+    q, k, v, g = (x.requires_grad_() for x in tensors())
+    v = v[:, :, :H].detach().requires_grad_()
+    compiled = torch.compile(lambda *x: gla(*x, backend="triton"), fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(gla(q, k, v, g, backend="torch").sum(), (q, k, v, g))
+    for got, want in zip(torch.autograd.grad(compiled(q, k, v, g).sum(), (q, k, v, g)), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)

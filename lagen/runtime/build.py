@@ -37,8 +37,8 @@ def generate(variant: Variant, printed: Sequence[str] = PRINTED) -> str:
     return source
 
 
-def build(variants: Sequence[Variant], out: Path, force: bool = False) -> list[Path]:
-    """Writes an importable package with one operator a variant; returns the files written.
+def build(variants: Sequence[Variant], out: Path, force: bool = False, printed: Sequence[str] = PRINTED) -> list[Path]:
+    """Writes an importable package with one operator a variant; returns the files written. ``printed`` as for render.
 
     Operators built there before stay. Raises BuildRefused where ``out`` is not a folder that lagen wrote, where a file in it was
     changed since, or where another lagen built what would stay; ``force`` writes all the same, and drops what cannot stay.
@@ -48,7 +48,7 @@ def build(variants: Sequence[Variant], out: Path, force: bool = False) -> list[P
         _refuse(
             not out.resolve().name.isidentifier(), f"{out} cannot be imported: {out.name!r} is not a Python name; choose another folder"
         )
-    modules = {v.name: generate(v) for v in variants}
+    modules = {v.name: generate(v, printed) for v in variants}
     _refuse(len(modules) < len(variants), "two specs have one name; a package holds one operator a name")
     kept = _standing(out, {f"{name}.py" for name in modules}, force)
     files = render_package(kept | modules)

@@ -69,6 +69,7 @@ class Dispatch:
         self.tensors, self.states, self.outputs = len(self.names), len(spec.states), len(spec.outputs)
         self.made = self.outputs + self.states
         self.saves = max(b.saves for b in backends.values())
+        self.order = {device: tuple(b for b in order if b in backends) for device, order in ORDER.items()}
         base = f"{spec.name}_{spec.digest}"
         if not hasattr(torch.ops.lagen, base):
             library = torch.library.Library("lagen", "FRAGMENT")
@@ -86,11 +87,14 @@ class Dispatch:
 
     def pick(self, name: str, tensors: Sequence[Tensor]) -> Backend:
         """Returns the named backend, or for "" the one that suits the device and dtype."""
-        if not name:
-            double = any(x.dtype == torch.float64 for x in tensors)
-            order = ORDER.get(tensors[0].device.type, ("torch",))
-            name = next(b for b in order if b in self.backends and (not double or self.backends[b].doubles))
-        return self.backends[name]
+        if name:
+            return self.backends[name]
+        order = self.order.get(tensors[0].device.type, ("torch",))
+        for x in tensors:
+            if x.dtype is torch.float64:
+                order = tuple(b for b in order if self.backends[b].doubles)
+                break
+        return self.backends[order[0]]
 
     def direct(self, name: str, scale: float, keep: bool, tensors: Tensors, states: Tensors | None) -> Tensors:
         """Runs a backend past the dispatcher, differentiably: on meta tensors, where the operators only make shapes."""
@@ -147,8 +151,10 @@ class Dispatch:
     def _filled(self, outputs: Tensors, finals: Tensors | None, saved: Tensors, like: Tensor) -> Flat:
         """Puts empty tensors where final states or saved tensors are absent."""
         if finals is None:
-            finals = tuple(like.new_empty(0) for _ in range(self.states))
-        return _flat((*outputs, *finals, *saved, *(like.new_empty(0) for _ in range(self.saves - len(saved)))))
+            finals = tuple([like.new_empty(0) for _ in range(self.states)])
+        flat = (*outputs, *finals, *saved)
+        absent = self.made + self.saves - len(flat)
+        return _flat((*flat, *[like.new_empty(0) for _ in range(absent)]) if absent else flat)
 
     def _sizes(self, tensors: Tensors, *lead: str) -> Sizes:
         sizes = Sizes(self.spec)
