@@ -146,6 +146,15 @@ class _Absent:
         """Returns the number of the only device."""
         return 0
 
+    @property
+    def utils(self) -> _Absent:
+        """Returns what answers for the device's properties."""
+        return self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Returns the number of processors, which decides how a scan is cut."""
+        return {"multiprocessor_count": self.target.processors, "max_shared_mem": self.target.shared_bytes}
+
 
 def _gpu(target: Target) -> Any:
     from triton.backends.compiler import GPUTarget
