@@ -269,6 +269,12 @@ REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
     "not an outer product": ("S: exp(g) * S[t-1] + tanh(outer(k, v))\no: q @ S[t]", "not-an-outer", "tanh(outer(k, v))", Refused),
     "free vector": ("z: exp(gk) * z[t-1] + k\no: z[t] * q", "not-yet", "z[t]", NotYet),
     "matrix through tanh": ("S: exp(g) * S[t-1] + outer(k, v)\no: q @ tanh(S[t])", "matrix-read", "tanh(S[t])", Refused),
+    "too many terms": (
+        "S: exp(g) * S[t-1] + " + " * ".join(["(outer(k, v) + outer(k2, v2))"] * 30) + "\no: q @ S[t]",
+        "too-long",
+        "more than 1024 terms",
+        Refused,
+    ),
     "stages": ("A: exp(g) * A[t-1] + outer(k, v)\nS: S[t-1] + outer(k, q @ A[t])\no: q @ S[t]", "not-yet", "q @ A[t]", NotYet),
     "growth": ("S: exp(c) * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "add `- c <= 0` to assume", Refused),
     "no past at the end": ("S: S[t-1] - S[t-1] + outer(k, v)\no: q @ S[t]", "no-past", "S", Refused),

@@ -21,6 +21,9 @@ from lagen.passes.refusal import NotYet, Refused
 Flat = tuple[tuple[Expr, ...], tuple[Expr, ...]]
 """Factors and divisors of a product."""
 
+MAX_TERMS = 1024
+"""Most terms of one product; a spec has a handful."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -94,6 +97,8 @@ class Lines:
         self.decays = decays  # each state's decay as it was read off, to know the decayed past again
         self.algebra = Algebra(done.values())
         self._open: dict[Expr, frozenset[Expr]] = {}
+        self._values: dict[Expr, Expr] = {}
+        self._reading: dict[Expr, bool] = {}
 
     # ---- errors ----
 
@@ -169,7 +174,12 @@ class Lines:
         if x.op == "neg":
             return tuple(t.times(E.const(-1.0)) for t in self.expand(x.args[0]))
         if x.op in ("mul", "outer"):
-            return tuple(self._times(a, b, x) for a in self.expand(x.args[0]) for b in self.expand(x.args[1]))
+            left, right = self.expand(x.args[0]), self.expand(x.args[1])
+            if len(left) * len(right) > MAX_TERMS:
+                self.refuse(
+                    "too-long", f"a product of sums has more than {MAX_TERMS} terms when it is expanded", "multiply it out by hand", x
+                )
+            return tuple(self._times(a, b, x) for a in left for b in right)
         if x.op == "div":
             return self._divide(x)
         if x.op == "pow" and not self.open_leaves(x):
@@ -338,8 +348,17 @@ class Lines:
 
     def value(self, x: Expr) -> Expr:
         """Lowers ``x`` to a token-wise value over readouts; raises Refused where a matrix state is left open."""
-        if not E.reads(x, "past", "now", "outer"):
-            return x
+        if x not in self._values:
+            self._values[x] = self._lowered(x) if self._reads(x) else x
+        return self._values[x]
+
+    def _reads(self, x: Expr) -> bool:
+        """Tells whether ``x`` holds what an output may not: a state leaf, or an outer product."""
+        if x not in self._reading:
+            self._reading[x] = x.op in ("past", "now", "outer") or any(self._reads(a) for a in x.args)
+        return self._reading[x]
+
+    def _lowered(self, x: Expr) -> Expr:
         if x.op in ("past", "now"):
             return self._free(x)
         if x.op in ("contract", "sum", "mean"):
