@@ -55,8 +55,9 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
     terms = lines.expand(line.expr)
     past = [t for t in terms if t.state is not None and t.state.name == line.name]
     if past and any(r.name == line.name for t in terms for f in (*t.factors, *t.over) for r in E.reads(f, "readout")):
-        lines.decays = lines.decays | {line.name: _coefficient(lines, line, past)}  # so that a read of the decayed past is known as one
-        _refuse_corrections(lines, lines.expand(line.expr))
+        # read again with the decay known, so that a read of the decayed past is known as one
+        knowing = Lines(lines.variant, lines.done, lines.decays | {line.name: _coefficient(lines, line, past)}, line)
+        _refuse_corrections(knowing, knowing.expand(line.expr))
     writes = [t for t in terms if t.state is None]
     for t in terms:
         if t.state is not None and t.state.name != line.name:
