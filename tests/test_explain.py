@@ -12,6 +12,7 @@ from lagen.data import spec, specs
 from lagen.explain import STAGES, explain, family
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.dump import dump
+from lagen.runtime.build import generate
 from lagen.spec import read
 
 READ = ("recurrence", "chunk", "adjoint")
@@ -63,3 +64,9 @@ def test_dumps_only_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"---- variant\n{variant.source}\n---- recurrence\n{canonicalise(variant)}\n"
+
+
+def test_a_build_dumps_its_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LAGEN_DUMP", "plan")
+    generate(read(spec("retnet")))
+    assert capsys.readouterr().err == f"---- {explain(spec('retnet'), 'plan')}\n".replace("---- plan retnet", "---- plan\nplan retnet")

@@ -18,7 +18,8 @@ from lagen.emit.render import PRINTED, render, render_package, support
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
-from lagen.passes.dump import dump
+from lagen.passes.dump import asked, dump
+from lagen.passes.plan import plan
 
 MANIFEST = "lagen.json"
 
@@ -34,6 +35,8 @@ def generate(variant: Variant, printed: Sequence[str] = PRINTED) -> str:
     source = render(variant, recurrence, adjoint, printed)
     for stage, value in (("variant", variant), ("recurrence", recurrence), ("adjoint", adjoint), ("source", source)):
         dump(stage, value)
+    if asked("plan"):
+        dump("plan", plan(recurrence, adjoint))
     return source
 
 
