@@ -91,7 +91,7 @@ class _Kernel:
         elif kernel.kind == "sweep":
             self.out = SweepStatements(kernel, names, roots)
         else:
-            self.out = Statements(names, roots)
+            self.out = Statements(names, roots, rows_end="T - first * BT" if kernel.kind == "chunks" else "T - i_c * BT")
         self.before: list[str] = []
         self.after: list[str] = []
         self.pointers: list[tuple[str, State]] = []
@@ -417,14 +417,15 @@ class _Kernel:
         out, b = self.out, closing.buffer
         lines, out.lines = out.lines, []
         parts = []
-        for name in closing.states:
+        for name, back in closing.states:
+            given = f"dfinal_{back[1:]}"
             hold = next(h for h in self.kernel.holds if h.carry.state == name)
             state, carry = self.states[name], hold.carry
             held = out.tiles[carry.value]
-            if (f"dfinal_{name}", state) not in self.pointers:
-                self.pointers.append((f"dfinal_{name}", state))
+            if (given, state) not in self.pointers:
+                self.pointers.append((given, state))
             place, mask = self.place(state, carry), out.mask(held.axes)
-            load = f"tl.load({self.point(f'dfinal_{name}', state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
+            load = f"tl.load({self.point(given, state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
             if state.head != self.top:
                 load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
             text, axes = f"{held.text} * {load}", list(held.axes)

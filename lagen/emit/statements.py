@@ -30,7 +30,7 @@ class Tile:
 
 def zero_preserving(n: Expr) -> bool:
     """Tells whether a value is surely 0 on padding rows and lanes, given that loads are."""
-    if n.op in ("input", "stored"):
+    if n.op in ("input", "stored", "lead", "follows"):
         return n.token
     if n.op == "const":
         return n.value == 0.0
@@ -49,10 +49,11 @@ def finite(n: Expr) -> bool:
 class Statements:
     """The statements of one kernel body so far, and the tile of every value already printed."""
 
-    def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], rows: bool = True) -> None:
+    def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], rows: bool = True, rows_end: str = "m_end") -> None:
         self.lines: list[str] = []
         self.tiles: dict[Expr, Tile] = {}
         self.rows = rows  # whether tiles have a token axis (the step kernel has none)
+        self.rows_end = rows_end  # the row behind the sequence's last token
         self.used: set[str] = set()
         self.known = {e: n for n, e in names if e.args}
         self.uses = Counter(a for n in walk(*roots) for a in n.args)
@@ -146,18 +147,29 @@ class Statements:
         assert isinstance(made, Tile)
         return made
 
-    def load(self, n: Expr) -> Tile:
-        """Prints a load; padding rows and lanes read 0."""
+    def load(self, n: Expr, row: str = "o_t", suffix: str = "") -> Tile:
+        """Prints a load of ``row``; padding rows and lanes read 0."""
         self.loads[n.name] = n
         axes = self.axes(n)
         lanes = [self.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
         if n.token and self.rows:
-            lanes.insert(0, f"{self.spread(Tile('o_t', (ROW,)), axes)} * {n.name}_st")
+            lanes.insert(0, f"{self.spread(Tile(row, (ROW,)), axes)} * {n.name}_st")
         if dict(n.attrs).get("per"):
             lanes.insert(0, f"i_c * {n.name}_st")
         at = " + ".join([f"p_{n.name}", f"({' + '.join(lanes)})" if len(lanes) > 1 else lanes[0]] if lanes else [f"p_{n.name}"])
         mask = self.mask(axes)
-        return self.let(f"b_{n.name}", f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})", axes, raw=True)
+        return self.let(f"b_{n.name}{suffix}", f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})", axes, raw=True)
+
+    def make_lead(self, n: Expr) -> Tile:
+        """Prints a load of the row below; the last token loads its own."""
+        line = f"o_next = tl.minimum(o_t + 1, {self.rows_end} - 1)"
+        if line not in self.lines:
+            self.lines.append(line)
+        return self.load(n.args[0], "o_next", "_next")
+
+    def make_follows(self, n: Expr) -> Tile:
+        """Prints 1 where a token follows, else 0."""
+        return self.let("b_follows", f"tl.where(o_t + 1 < {self.rows_end}, 1.0, 0.0)", (ROW,))
 
     def make_flip(self, n: Expr) -> Tile:
         """Prints stored pair scores with rows and columns exchanged: the load itself is transposed."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from lagen.ir.expr import HEADS, Expr, number, reads, show, walk
 from lagen.ir.plan import Buffer, Store
-from lagen.ir.recurrence import Adjoint, Recurrence, State
+from lagen.ir.recurrence import Adjoint, Recurrence, State, closings
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.variant import Tensor
 
@@ -72,7 +72,7 @@ def _backward(a: Adjoint) -> str:
     edges = {s.name: p.edge(s, i, "initial_states") for i, s in enumerate(r.states)}
     causal = all(s.causal for s in r.states)
     index = {s.name: i for i, s in enumerate(r.states)}
-    edges |= {s.name: p.edge(s, index[s.name[1:]], "d_final_states") for s in a.states}
+    edges |= {s.name: p.edge(s, index[s.of], "d_final_states") for s in a.states}
     p.states(used, edges)
     p.states(a.states, edges, back=True)
     grads = {n: e for n, e in a.gradients}
@@ -83,12 +83,10 @@ def _backward(a: Adjoint) -> str:
     p.line("if initial_states is None:")
     p.line("    return d_inputs, d_params, None")
     if causal:
-        by = {s.name[1:]: s for s in a.states}
         starts = []
         for i, s in enumerate(r.states):
-            assert s.name in by, f"the adjoint has no reverse state for {s.name}"
             shape = p.shape("B", s.head, s.dims)
-            starts.append(f'chunked.lower({p.state_names[by[s.name].name]}.final, {shape}, 1, "{s.head}", initial_states[{i}])')
+            starts.append(f'chunked.lower({p.state_names[f"d{s.name}"]}.final, {shape}, 1, "{s.head}", initial_states[{i}])')
         p.line(f"return d_inputs, d_params, {_tuple(starts, split=True)}")
     signature = "torch_backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states)"
     return p.function(signature, '"""Computes the gradients of inputs, params and initial states, from the inputs alone."""')
@@ -402,9 +400,9 @@ class _Printer:
 
     def suffix(self, e: Expr) -> str:
         keep = "".join(e.dims)
-        closings = ", ".join(f'{self.state_names[s]}.closing({self.state_names[f"d{s}"]}, "{keep}")' for s in e.attr("states").split())
+        ends = ", ".join(f'{self.state_names[s]}.closing({self.state_names[back]}, "{keep}")' for s, back in closings(e))
         x, y = (self.text(a) for a in e.args)
-        return f"chunked.suffix({x}, {y}, [{closings}], {self.shape('B, T', self.wide, e.dims)}, like)"
+        return f"chunked.suffix({x}, {y}, [{ends}], {self.shape('B, T', self.wide, e.dims)}, like)"
 
     def row(self, e: Expr) -> tuple[str, int]:
         """Returns the text of an op on a token's own vector."""
@@ -428,6 +426,10 @@ class _Printer:
             return self.text(e.args[0]), self.done[e.args[0]][1]
         if e.op == "expand":
             return self.expanded(e)
+        if e.op == "lead":
+            return f"chunked.lead({a[0]})", _ATOM
+        if e.op == "follows":
+            return "chunked.follows(T, like)", _ATOM
         if e.op == "part":
             first = f"{self.text(e.args[1], _ATOM)}.shape[-1]"
             return f"{self.text(e.args[0], _ATOM)}[..., {f':{first}' if e.attr('index') == '0' else f'{first}:'}]", _ATOM

@@ -363,6 +363,8 @@ class _Module:
         lines.append(f"{', '.join(t.name for t in self.a.cotangents)}, = map(_unit, d_outputs)")
         if self.plan.saved:
             lines.append(f"{', '.join(b.name for b in self.plan.saved)}, = saved")
+        for s in (s for s in self.a.states if s.name != f"d{s.of}"):
+            lines.append(f"dfinal_{s.name[1:]} = after_{s.name[1:]} = dfinal_{s.of}")
         for s in self.r.states:
             empty = f"torch.empty({self.state_shape(s, True)}, dtype=torch.float32, device=device)"
             lines.append(f"dinitial_{s.name} = {empty} if initial_states is not None else None")

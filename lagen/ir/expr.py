@@ -261,6 +261,15 @@ def expand(x: Expr, dims: tuple[str, ...]) -> Expr:
     return x if x.dims == dims else Expr("expand", (x,), dims=dims, head=x.head, token=x.token)
 
 
+def lead(x: Expr) -> Expr:
+    """Makes the value of the token after: x_{t+1}, and x_T at the last token, which FOLLOWS takes out."""
+    return Expr("lead", (x,), dims=x.dims, head=x.head, token=True) if x.token else x
+
+
+FOLLOWS = Expr("follows", token=True)
+"""1 where a token follows, 0 at the last one."""
+
+
 def part(x: Expr, index: int, dims: tuple[str, ...], like: tuple[Expr, Expr]) -> Expr:
     """Takes operand ``index`` of concat(*like) back out of its result ``x``; it has ``dims``."""
     return Expr("part", (x, *like), dims=dims, head=x.head, token=x.token, attrs=(("index", str(index)),))

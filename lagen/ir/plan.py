@@ -61,10 +61,13 @@ class Hold:
 
 @dataclass(frozen=True)
 class Closing:
-    """What the gradient of the final states adds to a suffix sum, computed by the forward sweep at the last chunk."""
+    """What the gradient of the final states adds to a suffix sum, computed by the forward sweep at the last chunk.
+
+    ``states`` come with the reverse states that hold that gradient where a scan is cut.
+    """
 
     buffer: Buffer
-    states: tuple[str, ...]
+    states: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)

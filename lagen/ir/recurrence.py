@@ -16,6 +16,10 @@
 
     suffix(x, y; states)_t = sum_{s >= t} x_s - sum_{t <= s < T} y_s + closing: the gradient of a log-decay. The closing is the
         gradient of the final states times what decayed into them, <dS_T, exp(g_T) * S_{T-1}>, summed to the dims of x.
+        A pair of reader and writer counts in x and in y and cancels where the decay is not between them. A pair without any decay
+        between must be in neither: it is large where the rest is small, and sums of float32 cancel only to their rounding. An
+        exclusive read pairs each token with the one before it so. It is r_{t+1} @ S_t as well: x and y take it as what token t reads,
+        the token's own write left out, by lead(r)_t = r_{t+1}; its reverse state for y, dS_lead, is written by the leads.
 
 The set is closed under differentiation: the adjoint of a readout reads the same state by another side, or a reverse state whose
 writes are (r, cotangent). So one lowering (passes/chunk) and one loop (the C++ backend) serve forward and backward alike, and the
@@ -56,6 +60,7 @@ class State:
     reverse: bool = False
     causal: bool = True
     init: float = 0.0
+    of: str = ""  # of a reverse state: the forward state that it is the gradient of
 
     def decay_on(self, *dims: str) -> Expr | None:
         """Returns the log-decay whose dims are exactly ``dims``, or None."""
@@ -133,19 +138,26 @@ def readout(state: State, vector: Expr, dim: str, at: str) -> Expr:
     )
 
 
+def closings(suffix: Expr) -> tuple[tuple[str, str], ...]:
+    """Lists the states that a suffix covers, each with the reverse state that starts from its final state's gradient."""
+    states = suffix.attr("states").split()
+    backs = dict(suffix.attrs).get("backs", "").split() or [f"d{s}" for s in states]
+    return tuple(zip(states, backs, strict=True))
+
+
 @dataclass(frozen=True)
 class Adjoint:
     """The backward of a Recurrence: reverse states, and one expression per gradient.
 
     ``gradients`` names inputs and params; an input's expression is per token, a param's is per token too and is summed over batch
     and time by whoever stores it. A gradient on a narrower head than its expression is summed over the heads that share it.
-    Cotangents of outputs are input leaves named d<output>. The gradient of an initial state is its reverse state's R_0, and the
-    reverse state starts from the final state's gradient.
+    Cotangents of outputs are input leaves named d<output>. The gradient of an initial state S is R_0 of the reverse state dS; every
+    reverse state of S starts from the final state's gradient.
     """
 
     recurrence: Recurrence
     cotangents: tuple[Tensor, ...]
-    states: tuple[State, ...]  # reverse states, named d<state>
+    states: tuple[State, ...]  # reverse states, named d<state>, and d<state>_lead where a decay's gradient wants the leads
     gradients: tuple[tuple[str, Expr], ...]
 
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ Element-wise adjoints come from ir/scalar.py; those of the vector ops stand in t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr
@@ -109,9 +109,9 @@ class _Gate:
     """What a log-decay's gradient is made of so far: strict terms of reads and writes, and the states it decays."""
 
     reads: Expr = E.ZERO
-    ahead: Expr = E.ZERO  # of reads of the undecayed past: they count for the tokens before them only
     writes: Expr = E.ZERO
     states: list[str] = field(default_factory=list)
+    backs: list[str] = field(default_factory=list)
 
 
 class _Tape:
@@ -174,9 +174,10 @@ class _Tape:
         """Makes the gradient of a log-decay from its reads and writes."""
         gate = self.gates.pop(g)
         head = "HV" if any(self.states[s].head == "HV" for s in gate.states) else self.states[gate.states[0]].head
-        attrs = (("states", " ".join(gate.states)),)
-        total = Expr("suffix", (E.add(gate.reads, gate.ahead), gate.writes), dims=g.dims, head=head, token=True, attrs=attrs)
-        return E.sub(total, gate.ahead)
+        attrs: tuple[tuple[str, str], ...] = (("states", " ".join(gate.states)),)
+        if gate.backs != [f"d{s}" for s in gate.states]:
+            attrs = (("backs", " ".join(gate.backs)), *attrs)
+        return Expr("suffix", (gate.reads, gate.writes), dims=g.dims, head=head, token=True, attrs=attrs)
 
     def read(self, node: Expr, d: Expr) -> None:
         """Gives a readout's vector its cotangent; with a decay, the token's own term stands apart."""
@@ -194,37 +195,54 @@ class _Tape:
         writes = tuple(
             Write(*((n.args[0], d) if _on_row(state, n) else (d, n.args[0])), decayed=n.attr("at") != "previous") for n, d in reads
         )
-        back = State(f"d{state.name}", state.head, state.dims, state.decay, writes, reverse=state.causal, causal=state.causal)
+        back = State(
+            f"d{state.name}", state.head, state.dims, state.decay, writes, reverse=state.causal, causal=state.causal, of=state.name
+        )
         self.reverse.append(back)
         inclusive = all(n.attr("at") == "now" for n, _ in reads) and not state.decay
         at = "all" if not state.causal else "since" if inclusive else "later"
         a, b = (*state.dims, "", "")[:2]
-        strict = {}
         for w in state.writes:
             for side, other, dim in ((w.row, w.col, b), (w.col, w.row, a)):
-                strict[side] = readout(back, other, dim, at)
-                self.add(side, strict[side])
+                self.add(side, readout(back, other, dim, at))
             for (n, _), back_write in zip(reads, writes, strict=True):
                 if n.attr("at") == "now" and not inclusive:
                     self.add(w.row, E.mul(pair(back_write.col, w.col), back_write.row))
                     self.add(w.col, E.mul(pair(back_write.row, w.row), back_write.col))
         for g in state.decay:
-            gate = self.gates.setdefault(g, _Gate())
-            gate.states.append(state.name)
-            for n, d in reads:
-                at = "decayed" if n.attr("at") == "now" else n.attr("at")
-                vector, dim = n.args[0], n.attr("dim")
-                if set(g.dims) <= set(vector.dims):
-                    term = _on(vector, readout(state, d, _other(state, n), at), g.dims)
-                else:
-                    term = _on(d, readout(state, vector, dim, at), g.dims)
-                if at == "previous":
-                    gate.ahead = E.add(gate.ahead, term)
-                else:
-                    gate.reads = E.add(gate.reads, term)
-            for w in state.writes:
-                mine = w.row if set(g.dims) <= set(w.row.dims) else w.col
-                gate.writes = E.add(gate.writes, _on(mine, strict[mine], g.dims))
+            self.fade(state, back, g)
+
+    def fade(self, state: State, back: State, g: Expr) -> None:
+        """Gives a log-decay its strict terms: of reads from the state, of writes from the reverse state of the same pairs.
+
+        An exclusive read of the token after is an inclusive one of this token: so taken, no pair stands in both kinds of terms that
+        the decay is never between. A decay made of constants takes no gradient.
+        """
+        if all(n.op not in ("input", "param", "readout") for n in E.walk(g)):
+            return
+        exclusive = [n for n, _ in self.readouts[state.name] if n.attr("at") == "previous"]
+        reads = [
+            (n, E.lead(n.args[0]), E.mul(E.FOLLOWS, E.lead(d))) if n in exclusive else (n, n.args[0], d)
+            for n, d in self.readouts[state.name]
+        ]
+        if exclusive:
+            writes = tuple(Write(*((vector, d) if _on_row(state, n) else (d, vector))) for n, vector, d in reads)
+            back = replace(back, name=f"{back.name}_lead", writes=writes)
+            if back not in self.reverse:
+                self.reverse.append(back)
+        gate = self.gates.setdefault(g, _Gate())
+        gate.states.append(state.name)
+        gate.backs.append(back.name)
+        for n, vector, d in reads:
+            if set(g.dims) <= set(vector.dims):
+                term = _on(vector, readout(state, d, _other(state, n), "decayed"), g.dims)
+            else:
+                term = _on(d, readout(state, vector, n.attr("dim"), "decayed"), g.dims)
+            gate.reads = E.add(gate.reads, term)
+        a, b = (*state.dims, "", "")[:2]
+        for w in state.writes:
+            mine, other, dim = (w.row, w.col, b) if set(g.dims) <= set(w.row.dims) else (w.col, w.row, a)
+            gate.writes = E.add(gate.writes, _on(mine, readout(back, other, dim, "later"), g.dims))
 
 
 def _other(state: State, node: Expr) -> str:

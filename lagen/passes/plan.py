@@ -17,11 +17,12 @@ from dataclasses import replace
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr, walk
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.chunk import TILE_OPS, Carry
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
+from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.simplify import addends, factor, simplify
 
@@ -45,7 +46,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
     saved = _saved(core, back, head)
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
-    back = _map_adjoint(back, lambda e: factor(E.substitute(e, {n: b.leaf for n, b in saved.items()})))
+    loads = {n: b.leaf for n, b in saved.items()}
+    back = _map_adjoint(back, lambda e: factor(push_leads(E.substitute(e, loads), _loaded)))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     kept = {b.name: b for b in saved.values() if b.name not in outputs}
 
@@ -70,7 +72,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     sweeps = forward.kernels({s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states})
     reverse = backward.kernels(
         {s.name: (f"initial_{s.name}", "") for s in core.states}
-        | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.name[1:]}") for s in back.states},
+        | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states},
         given=core.states,
     )
     taken: set[str] = set()
@@ -90,6 +92,13 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         core.states + back.states,
         borders if all(s.causal and s.head == head for s in core.states) else (),
     )
+
+
+def _loaded(n: Expr) -> bool:
+    """Tells whether a value is loaded; raises NotImplementedError where the backward computes what a token needs of the next one."""
+    if n.op in CORE:
+        raise NotImplementedError(f"no Triton form for what the token after reads: {n}")
+    return n.op in LEAVES
 
 
 def _total(s: State) -> Buffer:
@@ -234,7 +243,7 @@ def _gate(n: Expr) -> Expr | None:
         return n.args[3]
     if n.op == "whole" and n.dims:
         return n.args[0]
-    if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in LEAVES + tuple(FUNCTIONS):
+    if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in (*LEAVES, "lead", *FUNCTIONS):
         return None if any(x.op in TILE_OPS for x in walk(n.args[0])) else n.args[1].args[0]
     return None
 
@@ -424,9 +433,9 @@ class _Pass:
             partial = key[1] if any(self.partial(a, self.side(a, key)) for a in n.args) else ""
             if reads != E.ZERO and self.side(reads, key) != key:  # what this sweep computes itself need not cross memory
                 reads = self.store(reads, self.side(reads, key), "float32")
-            states = tuple(n.attr("states").split())
-            closing = Buffer("_".join(("closing", *states, *n.dims)), self.head, n.dims, False, "float32", partial)
-            self.closings.append(((False, key[1]), Closing(closing, states)))
+            ends = closings(n)
+            closing = Buffer("_".join(("closing", *(s for s, _ in ends), *n.dims)), self.head, n.dims, False, "float32", partial)
+            self.closings.append(((False, key[1]), Closing(closing, ends)))
             return Expr("suffix", (reads, writes, closing.leaf), dims=n.dims, head=n.head, token=True, attrs=n.attrs)
 
         return E.rewrite(e, rule)
@@ -477,8 +486,8 @@ class _Pass:
                 state = self.states[n.name]
                 updated = n.attr("at") != "all"
                 carries[n.name, n.attr("dim")] = carry_of(state, n.attr("dim"), updated)
-            closings = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
-            for name in dict.fromkeys(name for c in closings for name in c.states):  # a closing wants the carry though nothing reads it
+            closed = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
+            for name in dict.fromkeys(name for c in closed for name, _ in c.states):  # a closing wants the carry though nothing reads it
                 if all(name != carried for carried, _ in carries):
                     x = next((d for d in self.states[name].dims if d != tile), "")
                     carries[name, x] = carry_of(self.states[name], x)
@@ -504,7 +513,7 @@ class _Pass:
                     tile,
                     reverse,
                     tuple(holds),
-                    closings,
+                    closed,
                 )
             )
         return (*out, *_tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles"))

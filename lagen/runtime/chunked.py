@@ -93,6 +93,18 @@ def repeat(x: Value, size: int, axis: int = -1) -> Value:
     return x.expand(*x.shape[:axis], size, *x.shape[axis % x.dim() + 1 :])
 
 
+def lead(x: Tensor) -> Tensor:
+    """Takes every token's value [B, T, ..] from the token after; the last token keeps its own."""
+    return torch.cat((x[:, 1:], x[:, -1:]), 1)
+
+
+def follows(tokens: int, like: Tensor) -> Tensor:
+    """Makes 1 for each token that another one follows and 0 for the last: [1, T, 1, 1]."""
+    out = torch.ones(1, tokens, 1, 1, dtype=like.dtype, device=like.device)
+    out[:, -1:] = 0.0
+    return out
+
+
 def constant(x: Value, like: Tensor) -> Tensor:
     """Makes a number a tensor for functions that take none."""
     return x if isinstance(x, Tensor) else torch.full((), x, dtype=like.dtype, device=like.device)
