@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import lagen
@@ -115,6 +116,13 @@ def test_only_what_asks_gets_a_gradient_and_the_final_state_counts(op: Operator)
     assert state.grad is not None
     torch.testing.assert_close(state.grad, given[3].sum(1).exp().repeat_interleave(HV // H, 1)[..., None].expand(B, HV, K, V))
     assert given[0].grad is None
+
+
+def test_a_checkpointed_call_has_the_same_gradients(op: Operator) -> None:
+    given = [x.requires_grad_() for x in tensors()]
+    again = torch.utils.checkpoint.checkpoint(op, *given, use_reentrant=False)
+    for got, wanted in zip(torch.autograd.grad(again.sum(), given), torch.autograd.grad(op(*given).sum(), given), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_check_tests_what_the_spec_assumes(op: Operator) -> None:
@@ -250,6 +258,17 @@ def test_compile_takes_the_whole_graph_forward_backward_and_step(op: Operator) -
     step = torch.compile(lambda *x: op.step(*x)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(step(*token, state), op.step(*token, other)[0])
     torch.testing.assert_close(state, other)
+
+
+def test_export_keeps_the_operator_and_any_length(op: Operator) -> None:
+    class Mixer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+            return op(q, k, v, g)
+
+    length = torch.export.Dim("length", min=2, max=512)
+    exported = torch.export.export(Mixer(), tuple(tensors()), dynamic_shapes=dict.fromkeys("qkvg", {1: length}))
+    assert any(op.spec.digest in str(n.target) for n in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(*tensors(tokens=70)), op(*tensors(tokens=70)))
 
 
 def test_compile_takes_any_length(op: Operator) -> None:

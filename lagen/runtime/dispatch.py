@@ -186,7 +186,8 @@ class Dispatch:
     def _derive(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Calls the backward operator; returns a gradient for every tensor."""
         given = self.tensors + self.states
-        kept, made = list(ctx.saved_tensors[: given + self.saves]), list(ctx.saved_tensors[given + self.saves :])
+        stored = list(ctx.saved_tensors)  # once: each look unpacks them, which activation checkpointing refuses to do twice
+        kept, made = stored[: given + self.saves], stored[given + self.saves :]
         made += [None] * (self.made - len(made))
         d_made = list(cotangents[: self.made])
         if not ctx.keep:
