@@ -220,6 +220,37 @@ def compile_specs(paths: list[Path], targets: tuple[str, ...], as_json: bool, **
 
 
 @main.command()
+@_specs(many=False)
+@click.option("--T", "t", default="1024:16384", show_default=True, help="Lengths: a range by doubling, or a list, 1024,3000.")
+@click.option("--against", default="sdpa,torch", show_default=True, help="sdpa: softmax attention; torch: this operator's torch code.")
+@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="Where to run.")
+@click.option("--H", "h", default=8, show_default=True, type=click.IntRange(1), help="Heads.")
+@click.option("--size", default=64, show_default=True, type=click.IntRange(1), help="Of K, V and every other dim.")
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(1), help="Rounds, everyone once a round.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--dtype", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]))
+@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@click.option("--plot", "png", type=click.Path(dir_okay=False, path_type=Path), help="Draw time against T into a PNG (wants matplotlib).")
+def bench(
+    path: Path,
+    t: str,
+    against: str,
+    device: str,
+    h: int,
+    size: int,
+    repeats: int,
+    threads: int,
+    dtype: str,
+    as_json: bool,
+    png: Path | None,
+) -> None:
+    """Time the operator of SPEC against its peers: medians in turn, growth with T, memory, shares of the machine's rates."""
+    from lagen.cli_bench import run
+
+    run(_read(path, tell=True), t, against, h, size, repeats, threads, dtype, as_json, png)
+
+
+@main.command()
 @click.option("--steps", default=400, show_default=True, type=click.IntRange(1), help="Training steps.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--prompt", default="The ", show_default=True)

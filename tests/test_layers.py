@@ -25,7 +25,8 @@ ABOVE: dict[str, set[str]] = {
     "verify": {"data", "ir", "spec", "passes", "emit", "runtime", "targets"},
     "explain": {"data", "ir", "spec", "passes", "emit", "targets", "tune"},
     "demo": {"data", "runtime"},
-    "cli": {"data", "ir", "spec", "passes", "emit", "runtime", "targets", "tune", "verify", "explain", "demo"},
+    "bench": {"ir", "passes", "emit", "runtime", "verify"},
+    "cli": {"data", "ir", "spec", "passes", "emit", "runtime", "targets", "tune", "verify", "explain", "bench", "demo"},
     "__main__": {"cli"},
     "__init__": {"runtime"},
 }
