@@ -302,8 +302,8 @@ def rebuild(node: Expr, args: tuple[Expr, ...]) -> Expr:
     if args == node.args:
         return node
     if node.op in FUNCTIONS:
-        folded = {"add": add, "mul": mul, "sub": sub, "div": div, "neg": neg}.get(node.op)
-        return folded(*args) if folded else call(node.op, *args)
+        table: dict[str, Callable[..., Expr]] = {"add": add, "mul": mul, "sub": sub, "div": div, "neg": neg}
+        return table[node.op](*args) if node.op in table else call(node.op, *args)
     if node.op == "pow":
         return power(args[0], node.value)
     if node.op == "outer":
@@ -346,8 +346,8 @@ def reads(root: Expr, *ops: str) -> tuple[Expr, ...]:
 
 # ---- printing -------------------------------------------------------------------------------------------------------------------
 
-_INFIX = {"add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "div": ("/", 2), "lt": ("<", 0), "le": ("<=", 0), "gt": (">", 0), "ge": (">=", 0)}
-_INFIX |= {"eq": ("==", 0), "ne": ("!=", 0)}
+_INFIX = {"add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "div": ("/", 2)}
+_INFIX |= {"lt": ("<", 0), "le": ("<=", 0), "gt": (">", 0), "ge": (">=", 0), "eq": ("==", 0), "ne": ("!=", 0)}
 
 
 def number(value: float) -> str:

@@ -35,8 +35,8 @@ def strip(e: Expr) -> tuple[Expr, Expr]:
     return E.ONE, e
 
 
-def _tile(op: str, *args: Expr, dims: tuple[str, ...], token: bool = True, **attrs: str) -> Expr:
-    return Expr(op, args, dims=tuple(sorted(dims)), head="", token=token, attrs=tuple(sorted(attrs.items())))
+def _tile(op: str, *args: Expr, dims: tuple[str, ...], **attrs: str) -> Expr:
+    return Expr(op, args, dims=tuple(sorted(dims)), head="", token=True, attrs=tuple(sorted(attrs.items())))
 
 
 def start(g: Expr, prev: bool) -> Expr:
@@ -51,7 +51,7 @@ def end(g: Expr) -> Expr:
 
 def whole(g: Expr) -> Expr:
     """Makes exp(b_C)."""
-    return _tile("whole", g, dims=g.dims, token=False)
+    return Expr("whole", (g,), dims=tuple(sorted(g.dims)))
 
 
 def sides(state: State, x: str, write_row: Expr, write_col: Expr) -> tuple[Expr, Expr]:
@@ -74,7 +74,10 @@ def lower_readout(node: Expr, state: State, carry: Carry) -> Expr:
         return E.mul(number, _inter(r, carry))
     reverse = state.reverse
     prev = at == "previous"
-    reach = (lambda g: end(g)) if reverse else (lambda g: start(g, prev))
+
+    def reach(g: Expr) -> Expr:
+        return end(g) if reverse else start(g, prev)
+
     r_in = E.mul(r, reach(on_x)) if on_x else r
     out = E.mul(number, *([reach(on_none)] if on_none else []), _inter(r_in, carry), *([reach(on_y)] if on_y else []))
     for write in state.writes:
