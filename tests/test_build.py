@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -36,6 +37,12 @@ def run(code: str, where: Path, **environment: str) -> subprocess.CompletedProce
     """Runs Python in a process of its own, in the folder ``where``."""
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], cwd=where, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
+    return tmp_path
 
 
 # ---- packages -------------------------------------------------------------------------------------------------------------------
@@ -149,13 +156,16 @@ def test_names_that_cannot_be_imported_are_refused(tmp_path: Path) -> None:
         build([tiny()], tmp_path / "file")
 
 
+@pytest.mark.parametrize("doc", ['a """ b', "a \\ b", 'ends in "', "\U0001f600 \u2028 \x7f", '""" + print("run") + """'])
+def test_a_doc_is_text_whatever_stands_in_it(doc: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variant = dataclasses.replace(tiny("told"), doc=doc, path=f"{doc}.yaml", source=f"# {doc}\n{tiny('told').source}")
+    op = lagen.load(variant, printed=())
+    assert op.spec.doc == doc
+    assert op.spec.source == variant.source
+    assert capsys.readouterr().out == ""
+
+
 # ---- the cache ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
-    return tmp_path
 
 
 def forget(name: str) -> None:

@@ -210,7 +210,7 @@ def test_a_shipped_variant_agrees_with_the_oracle(path) -> None:
 
 
 @pytest.mark.parametrize("regime", ["gates at -5", "gates at -20", "resets"])
-@pytest.mark.parametrize("name", ["gla", "simple_gla", "hgrn2"])
+@pytest.mark.parametrize("name", ["gla", "simple_gla", "hgrn2", "rwkv6"])
 def test_strong_gates_keep_their_digits_in_float32(name: str, regime: str) -> None:
     variant = read(data.spec(name))
     op = lagen.load(variant, printed=())

@@ -9,8 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import jinja2
@@ -19,6 +17,7 @@ from lagen import __version__, data
 from lagen.emit.cpp import render_cpp, render_sweeps
 from lagen.emit.cpp_plan import Fallback
 from lagen.emit.torch import render_torch
+from lagen.emit.triton import render_triton
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
@@ -54,24 +53,26 @@ def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: 
 
     ``printed`` names the backends beside torch to print where there is a printer for what the variant does.
     """
-    kernels = _kernels(recurrence, adjoint) if "triton" in printed else ""
+    kernels = _kernels(recurrence, adjoint) if "triton" in printed else Fallback("not asked for")
     step = "torch_step" if variant.causal else "None"
     backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True)")]
     cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
     if not isinstance(cpp, Fallback):
         backends.append(BackendText("cpp", f"Backend(cpp.forward, cpp.backward, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
-    if kernels:
+    if not isinstance(kernels, Fallback):
         functions = f"triton_forward, triton_backward, {step.replace('torch', 'triton')}"
         backends.append(BackendText("triton", f"Backend({functions}, saves=TRITON_SAVES, saved=triton_saved)"))
     values = {
         "name": variant.name,
         "doc": variant.doc,
+        "title": _literal(f"{variant.name}: {variant.doc}" if variant.doc else variant.name)[1:-1],
         "version": __version__,
-        "origin": Path(variant.path).name,
+        "origin": _literal(Path(variant.path).name)[1:-1],
         "identity": f"recurrence {identity(recurrence)[:12]}",
         "formula": "\n".join(f"    {line}" for line in str(recurrence).splitlines()),
         "torch_functions": render_torch(recurrence, adjoint, variant.assumptions).strip(),
-        "kernels": kernels,
+        "kernels": "" if isinstance(kernels, Fallback) else kernels,
+        "absent": [(name, text.reason) for name, text in (("triton", kernels), ("cpp", cpp)) if isinstance(text, Fallback)],
         "cpp": "" if isinstance(cpp, Fallback) else cpp.rstrip(),
         "torch_step": step,
         "source": _block(variant.source),
@@ -117,16 +118,12 @@ def formula(size: Expr) -> Formula:
     return (size.op, formula(size.args[0]), formula(size.args[1]))
 
 
-def _kernels(recurrence: Recurrence, adjoint: Adjoint) -> str:
-    """Returns the Triton kernels of a variant, "" where their printer is not there."""
-    if find_spec("lagen.emit.triton") is None:
-        return ""
+def _kernels(recurrence: Recurrence, adjoint: Adjoint) -> str | Fallback:
+    """Returns the Triton kernels of a variant, or says why they cannot be printed."""
     try:
-        text = import_module("lagen.emit.triton").render_triton(recurrence, adjoint)
-    except NotImplementedError:  # an op without a Triton form: the variant runs on torch alone
-        return ""
-    assert isinstance(text, str)
-    return text.strip()
+        return render_triton(recurrence, adjoint).strip()
+    except NotImplementedError as missing:
+        return Fallback(str(missing))
 
 
 def _argument(t: Tensor | StateLine | OutputLine) -> str:
@@ -136,15 +133,20 @@ def _argument(t: Tensor | StateLine | OutputLine) -> str:
 
 
 def _block(text: str) -> str:
-    """Writes a text as a readable Python literal."""
-    if text.isascii() and text.isprintable() is False and not {'"""', "\\"} & {p for p in ('"""', "\\") if p in text}:
-        return f'"""\\\n{text}"""' if text.endswith("\n") else f'"""\\\n{text}\\\n"""'
-    return repr(text)
+    """Writes a text as a Python literal, over lines where nothing in it wants escaping."""
+    if '"""' in text or "\\" in text or not text.endswith("\n") or not all(c == "\n" or c.isprintable() for c in text):
+        return repr(text)
+    return f'"""\\\n{text}"""'
+
+
+def _literal(text: str) -> str:
+    """Writes a text as a Python literal on one line."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _fill(template: str, values: Mapping[str, object]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(data.templates()), undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    environment.filters["string_literal"] = lambda text: json.dumps(text)
+    environment.filters["string_literal"] = _literal
     return environment.get_template(template).render(values)
