@@ -147,6 +147,7 @@ class CppBackend:
         self.spec, self.source, self.fallback = spec, source.replace(INCLUDE, included), fallback
         self.loaded: ctypes.CDLL | Missing | None = None
         self.plans: dict[object, StepPlan] = {}
+        self.entry: Callable[[int], int] | None = None  # of the step that writes in place
         self.heads = spec.outputs[0].head
         self.dims = tuple(dict.fromkeys(d for a in spec.inputs + spec.params for d in a.dims if d not in dict(spec.sizes)))
 
@@ -156,8 +157,9 @@ class CppBackend:
             built = build(self.source, self.spec.name)
             self.loaded = built if isinstance(built, Missing) else ctypes.CDLL(str(built))
             if not isinstance(self.loaded, Missing) and hasattr(self.loaded, "lagen_step"):
-                self.entry = self.loaded.lagen_step
-                self.entry.argtypes = [ctypes.c_void_p]
+                step = self.loaded.lagen_step
+                step.argtypes = [ctypes.c_void_p]
+                self.entry = step
             if isinstance(self.loaded, Missing):
                 warnings.warn(f"{self.spec.name} runs as torch code on the CPU, many times slower: {self.loaded.reason}", stacklevel=2)
         return None if isinstance(self.loaded, Missing) else self.loaded
@@ -194,7 +196,7 @@ class CppBackend:
     ) -> tuple[Tensors, Tensors | None, Tensors]:
         """Computes outputs and final states."""
         first = inputs[0]
-        if first.device.type != "cpu" or self.library() is None:
+        if not first.is_cpu or self.library() is None:
             return self.fallback[0](inputs, params, scale, initial_states, output_final_state)  # type: ignore[return-value]
         spec, (batch, time) = self.spec, first.shape[:2]
         sizes = self.measure(inputs, params, 2)
@@ -233,7 +235,7 @@ class CppBackend:
     ) -> tuple[Tensors, Tensors, Tensors | None]:
         """Computes the gradients of inputs, params and initial states."""
         first = inputs[0]
-        library = self.library() if first.device.type == "cpu" else None
+        library = self.library() if first.is_cpu else None
         if library is None:
             return self.fallback[1](  # type: ignore[return-value]
                 inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states
@@ -283,15 +285,17 @@ class CppBackend:
     def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
         """Computes the outputs of one token and writes the states in place."""
         first = inputs[0]
-        if first.device.type != "cpu" or self.library() is None:
+        if self.loaded is None:
+            self.library()
+        if not first.is_cpu or isinstance(self.loaded, Missing):
             return self.fallback[2](inputs, params, scale, states)  # type: ignore[return-value]
-        if not hasattr(self.loaded, "lagen_step") or not all(s.is_contiguous() for s in states):
+        if self.entry is None or not all([s.is_contiguous() for s in states]):
             outputs, finals, _ = self.forward(tuple(x.unsqueeze(1) for x in inputs), params, scale, states, True)
             for s, f in zip(states, finals or (), strict=True):
                 s.copy_(f)
             return tuple(o.squeeze(1) for o in outputs)
         tensors = (*inputs, *params)
-        key = (scale, threads(), *((x.dtype, x.shape, x.stride()) for x in tensors))
+        key = (scale, threads(), *[(x.dtype, x.shape, x.stride()) for x in tensors])
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan_step(inputs, params, scale, states)
@@ -301,7 +305,6 @@ class CppBackend:
             words[slot] = x.data_ptr()
         if self.entry(words.buffer_info()[0]):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
-        torch.autograd.graph.increment_version(states)
         return outputs
 
     def plan_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> StepPlan:
