@@ -13,8 +13,8 @@ def segments(programs: int, chunks: int, processors: int, longest: int, exact: b
         return 1, "fused: one chunk"
     if exact:
         return 1, "split: float32 gates are closed at every chunk, so that no rounding drifts through the sequence"
-    if programs >= processors and chunks <= longest:
-        return chunks, f"fused: {programs} programs fill {processors} processors, the state never leaves registers"
+    if 4 * programs >= 3 * processors and chunks <= longest:
+        return chunks, f"fused: {programs} programs keep {processors} processors busy, the state never leaves registers"
     want = max(1, chunks * programs // (2 * processors))
     length = min(longest, 1 << (want.bit_length() - 1))
     if length >= chunks:

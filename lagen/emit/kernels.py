@@ -12,6 +12,7 @@ from lagen.ir.chunk import COL, ROW, Carry
 from lagen.ir.expr import Expr
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Store
 from lagen.ir.recurrence import Recurrence, State
+from lagen.passes.chunk import strip
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class _Kernel:
         text = "\n".join(before + body)
         source = template.render(
             kernel=self.kernel,
+            looped=any(s.value.op == "gram" for s in self.kernel.stores),
             signature=signature,
             doc=self.doc(),
             decode="i_h " if "i_h" in text.replace("i_hv", "") else "",
@@ -365,8 +367,11 @@ class _Kernel:
         out = self.out
         if not self.kernel.closings:
             return out.operand(far)
-        tile = out.guarded(far)
-        return f"tl.where((o_t != t_last)[:, None], {tile.text}, 0.0).to(DT)"
+        number, vector = strip(far)
+        if number == E.ONE:
+            return f"tl.where((o_t != t_last)[:, None], {out.guarded(far).text}, 0.0).to(DT)"
+        kept = out.let("b_w", f"tl.where(o_t != t_last, {out.guarded(number).text}, 0.0)", (ROW,))
+        return f"({out.guarded(vector).text} * {kept.text}[:, None]).to(DT)"
 
     def store(self, store: Store) -> None:
         """Prints a store; partial sums go to their tile's share."""
@@ -505,11 +510,6 @@ class _Kernel:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
         out = self.out
         for store in self.kernel.stores:
-            if store.value.op == "mix":  # the pairs' weights are the same for every tile
-                lines, out.lines = out.lines, []
-                out.weights(store.value)
-                self.before += out.lines
-                out.lines = lines
             if store.value.op != "gram":
                 self.store(store)
                 continue

@@ -235,18 +235,12 @@ class Statements:
         for pair in ((a, b), (b, a)):
             scores = Expr("gram", pair, dims=(COL,), token=True)
             if scores in self.uses and self.rows:  # the pair scores are at hand: take their diagonal
-                return self.let("b_d", f"tl.sum(tl.where({self.diagonal()}, {self.tile(scores).text}, 0.0), axis=1)", (ROW,))
+                return self.let("b_d", f"tl.sum(tl.where(o_t[:, None] == o_t[None, :], {self.tile(scores).text}, 0.0), axis=1)", (ROW,))
         full = (ROW, *a.dims) if self.rows and (a.token or b.token) else a.dims
         clean, other = (a, b) if zero_preserving(a) else (b, a)
         left = self.spread(self.guarded(clean), full)
         right = self.spread(self.wide(other) if finite(other) else self.guarded(other), full)
         return self.let("b_d", f"tl.sum({left} * {right}, axis={len(full) - 1})", full[:-1])
-
-    def diagonal(self) -> str:
-        """Names the mask of a token with itself."""
-        if (line := "m_own = o_c[:, None] == o_c[None, :]") not in self.head:
-            self.head.append(line)
-        return "m_own"
 
     def make_sum(self, n: Expr) -> Tile:
         """Prints a sum over a vector."""
@@ -348,15 +342,11 @@ class Statements:
         named = tile if tile.text.isidentifier() else self.let("b_w", tile.text, tile.axes)
         return Tile(named.text, (COL,) if named.axes else ())
 
-    def causal(self, n: Expr) -> str:
-        """Names the mask of the pairs that count, made once before the loop."""
+    @staticmethod
+    def causal(n: Expr) -> str:
+        """Prints the mask of the pairs that count; of rows that change with the chunk, or it would hold registers across the loop."""
         reverse, inclusive = n.attr("reverse") == "1", n.attr("inclusive") == "1"
-        name = f"m_{'later' if reverse else 'earlier'}{'_or_own' if inclusive else ''}"
-        sign = ("<" if reverse else ">") + ("=" if inclusive else "")
-        line = f"{name} = o_c[:, None] {sign} o_c[None, :]"
-        if line not in self.head:
-            self.head.append(line)
-        return name
+        return f"o_t[:, None] {'<' if reverse else '>'}{'=' if inclusive else ''} o_t[None, :]"
 
     def make_pairs(self, n: Expr) -> Tile:
         """Prints the decay between every pair of tokens; the exponent is cut at 0 before exp, the mask selects after."""

@@ -17,6 +17,7 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
+from lagen.passes.schedule import widest_tile
 
 _CALLS = {"lg_gram": ("lg_reach", "lg_decay"), "lg_mix": ("lg_reach", "lg_decay")}
 """Device functions that a device function calls."""
@@ -156,18 +157,21 @@ class _Module:
         return "torch.float32" if b.dtype == "float32" else "dtype"
 
     def tiles(self, kernels: list[Kernel]) -> list[str]:
-        """Prints the configuration of a pass: one chunk, one tile per dim on the grid, blocks of whole dims."""
+        """Prints the configuration of a pass: one chunk, one tile per dim on the grid (tiles share sums), blocks of whole dims."""
+        size = f"{self.r.inputs[0].name}.element_size()"
+        cap: dict[str, int] = {}
+        for k in kernels:
+            cap[k.tile] = min(cap.get(k.tile, 64), widest_tile(k))
         lines = []
         for k in kernels:
             if k.kind == "chunks":
-                lines.append(f"BT, B{k.tile} = _config({k.tile}, 16, {self.r.inputs[0].name}.element_size())[:2]")
+                lines.append(f"BT, B{k.tile}_chunk = _config({k.tile}, 16, {size}, 32)[0], min(_block({k.tile}), {widest_tile(k)})")
             if k.kind not in ("sweep", "step"):
                 continue
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
-            tile = k.tile or "16"
-            name = f"B{k.tile}" if k.tile else "_"
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
-            lines.append(f"BT, {name}, warps_{k.name}, stages_{k.name} = _config({tile}, {most}, {self.r.inputs[0].name}.element_size())")
+            called = f"_config({k.tile or 16}, {most}, {size}, {cap[k.tile]})"
+            lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
         if not lines:
             lines.append(f"BT = {self.r.chunk_default}")
         return lines
@@ -230,9 +234,10 @@ class _Module:
             args.append("scale")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
-        grid = {"sweep": f"B * {heads} * NY" + ("" if k in self.plan.borders else " * NSEG"), "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC", "chunks": f"B * {heads} * NC"}[k.kind]
-        tile = f"triton.cdiv({k.tile}, B{k.tile})" if k.tile else "1"
-        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1") if k.kind == "chunks" else ("4", "2")
+        grid = {"sweep": f"B * {heads} * NY" + ("" if k in self.plan.borders else " * NSEG"), "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC", "chunks": f"B * {heads} * NC" + ("" if any(s.value.op == "gram" for s in k.stores) else " * NY")}[k.kind]
+        block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"B{k.tile}"
+        tile = f"triton.cdiv({k.tile}, {block})" if k.tile else "1"
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1")
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
             if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
@@ -256,7 +261,7 @@ class _Module:
             args.append("BT")
         if p.dims:
             args.append(", ".join(p.dims))
-            args.append(", ".join(f"B{d}" if d == k.tile else f"_block({d})" for d in p.dims))
+            args.append(", ".join(block if d == k.tile else f"_block({d})" for d in p.dims))
         if p.sizes:
             args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)")
@@ -286,7 +291,7 @@ class _Module:
             return ["NSEG, SEG = 1, max(1, triton.cdiv(T, BT))"]
         tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
         longest = f"(2**31 - 1) // (BT * max(x.stride(1) for x in ({', '.join(t.name for t in self.r.inputs)},)))"
-        call = f"B * HV{tiles}, triton.cdiv(T, BT), _processors(device), {longest}, {exact}"
+        call = f"B * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), {longest}, {exact}"
         return [f"SEG = FORM or _segments({call})[0]", "NSEG = max(1, triton.cdiv(T, max(1, SEG * BT)))"]
 
     def borders(self, states: tuple[State, ...]) -> list[Kernel]:

@@ -265,11 +265,28 @@ def _chunked(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str])
         dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
         stores[gate].append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
     # pair sums last: they may take pair scores that another decay's launch stored
-    return tuple(
-        Kernel(f"{pass_}_chunks_{g.dims[0]}".lower(), "chunks", tuple(found), f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0])
-        for g, found in sorted(stores.items(), key=lambda x: any(s.value.op == "mix" for s in x[1]))
-        if found
-    )
+    out = []
+    for g, found in sorted(stores.items(), key=lambda x: any(s.value.op == "mix" for s in x[1])):
+        for i, group in enumerate(_launches(found)):
+            name = f"{pass_}_chunks_{g.dims[0]}".lower() + (str(i) if i else "")
+            out.append(Kernel(name, "chunks", group, f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0]))
+    return tuple(out)
+
+
+def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
+    """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
+    groups: list[list[Store]] = [[s for s in stores if s.value.op == "gram"]]
+    for s in stores:
+        if s.value.op == "gram":
+            continue
+        grown = [*groups[-1], s]
+        pairs = sum(x.value.op == "mix" for x in grown)
+        operands = {n for n in walk(*(x.value for x in grown)) if n.op in LEAVES and n.dims}
+        if pairs and (pairs > 2 or len(operands) > 5) and groups[-1]:
+            groups.append([s])
+        else:
+            groups[-1] = grown
+    return [tuple(g) for g in groups if g]
 
 
 def _stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
