@@ -226,6 +226,8 @@ class _Printer:
                 self.names[n] = self.fresh(n.name)
             elif n.op == "readout":
                 self.names[n] = self.fresh(f"{n.name}_{n.attr('at')}")
+            elif n.op == "lead" and n.args[0].op == "input":
+                self.names[n] = self.fresh(f"{n.args[0].name}_next")
             else:
                 self.names[n] = self.fresh(known.get(n, "x"))
 
@@ -298,9 +300,7 @@ class _Printer:
         for s in self.program.ends:
             if s in sweeps:
                 after.append(self.store_state(s))
-        for n in p.loads:
-            dim = (n.dims or ("",))[0]
-            body.append(f"load({self.where(n)}, c.{n.name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)});")
+        body += [self.load(n) for n in p.loads]
         for step in p.steps:
             body += self.step(step, closings=p.closings)
         params = {t.name for t in self.recurrence.params}
@@ -313,11 +313,22 @@ class _Printer:
                 target = f"c.d{name}_" if self.direction == "backward" else f"c.{name}_"
                 outputs.append((target, dim))
                 body.append(f"store({target}, b, t0, h, {self.where(e)}, n, {_size(dim)}, {_pad(dim)});")
-        ahead = [f"ahead.add(c.{n.name}_, b, next, h, more, {_size((n.dims or ('',))[0])});" for n in p.loads]
+        ahead = [f"ahead.add(c.{n.name}_, b, next, h, more, {_size((n.dims or ('',))[0])});" for n in p.loads if n.op == "input"]
         ahead += [f"ahead.add({target}, b, next, h, more, {_size(dim)});" for target, dim in outputs]
         closed = list(dict.fromkeys(s.state.name for _, s, _ in p.closings))
         alone = " || ".join(f"c.d_final_{name}.given()" for name in closed)
         return PrintedPass(p.reverse, alone, before, ahead, body, after)
+
+    def load(self, n: Expr) -> str:
+        """Prints how a tile of an input comes in, of what the tokens after have, or of which tokens have one after them."""
+        dim = (n.dims or ("",))[0]
+        if n.op == "follows":
+            return f"follows({self.where(n)}, n, t0 + n == z.T);"
+        if n.op == "lead" and n.args[0].op != "input":
+            return f"lead({self.where(n)}, {self.where(n.args[0])}, n, {_pad(dim)}, t0 + n == z.T);"
+        if n.op == "lead":
+            return f"load_next({self.where(n)}, c.{n.args[0].name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)}, z.T);"
+        return f"load({self.where(n)}, c.{n.name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)});"
 
     def is_first(self, s: Sweep) -> str:
         """Prints whether the rows of a sweep are its state's first dim."""
@@ -325,7 +336,7 @@ class _Printer:
 
     def load_state(self, s: Sweep) -> str:
         name = s.state.name
-        given = f"c.d_final_{name[1:]}.own_state(b, h)" if self.is_adjoint(s) else f"c.initial_{name}.state(b, h)"
+        given = f"c.d_final_{s.state.of}.own_state(b, h)" if self.is_adjoint(s) else f"c.initial_{name}.state(b, h)"
         given = given if s.state.causal else "nullptr"
         init = f"{s.state.init!r}f"
         return f"w.{s.label}.load({given}, {init}, {self.is_first(s)});" if s.rows else f"w.{s.label}.load({given}, {init});"
@@ -339,7 +350,7 @@ class _Printer:
             return ""
         if self.direction == "step":
             return f"w.{s.label}.store(c.initial_{s.state.name}.state(b, h));"
-        target = f"c.d_initial_{s.state.name[1:]}" if self.direction == "backward" else f"c.final_{s.state.name}"
+        target = f"c.d_initial_{s.state.of}" if self.direction == "backward" else f"c.final_{s.state.name}"
         first = f", {self.is_first(s)}" if s.rows else ""
         return f"if (float* to = {target}.own_state(b, h)) w.{s.label}.store(to{first});"
 
@@ -365,7 +376,7 @@ class _Printer:
         if isinstance(step, Suffix):
             n = step.node
             pad = _pad((n.dims or ("",))[0])
-            x, y, decay = (*(self.operand(a) for a in n.args), "{}")[:3]
+            x, y, decay = (self.operand(a) for a in n.args)
             return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, {decay}, n, {pad}, t0 + n == z.T);"]
         return self.resize(step, once)
 

@@ -17,11 +17,13 @@ from lagen.ir.expr import HEADS, ONE, Expr, walk
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.variant import Tensor
+from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 
 REDUCTIONS = ("sum", "mean", "rowmax", "contract")
 RESIZES = ("concat", "part", "rename", "taylor2", "quad", "untaylor2", "unquad")
-LEAVES = ("input", "param", "const", "size", "scale")
+LEAVES = ("input", "param", "const", "size", "scale", "follows")
+LOADED = ("input", "lead", "follows")  # read from a row of the caller's or of an earlier pass
 POST = ("now", "since")
 
 
@@ -143,7 +145,7 @@ def _plan(
 def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr]) -> str:
     """Returns what the fast form cannot carry, or nothing."""
     by_name = {s.name: s for s in states}
-    known = {*FUNCTIONS, *LEAVES, *REDUCTIONS, *RESIZES, "pow", "expand", "softmax", "l2norm", "rmsnorm", "readout", "suffix"}
+    known = {*FUNCTIONS, *LEAVES, *REDUCTIONS, *RESIZES, "pow", "expand", "softmax", "l2norm", "rmsnorm", "lead", "readout", "suffix"}
     bodies = [x for s in states for x in (*s.decay, *(x for w in s.writes for x in (w.row, w.col)))]
     for n in walk(*roots, *bodies):
         if n.op not in known:
@@ -178,11 +180,11 @@ class _Planner:
         self.raw = {s.name: s for s in states}
         self.states = self.raw
         self.lowered: dict[Expr, Expr] = {}
+        self.pure: dict[Expr, bool] = {}
         self.states = {s.name: self.lower_state(s) for s in states}
         self.sinks = tuple((n, _row(self.lower(e), e.dims, token=True)) for n, e in sinks)
         self.ends = tuple(s.name for s in ends)
         self.levels: dict[Expr, int] = {}
-        self.pure: dict[Expr, bool] = {}
         self.sweeps: dict[tuple[str, str, int], list[Expr]] = {}
         self.made: dict[tuple[str, str, int], Sweep] = {}
 
@@ -200,13 +202,18 @@ class _Planner:
         if n.op == "suffix":
             covered = self.raw[n.attr("states").split()[0]]
             gate = next(g for g in covered.decay if g.dims == n.dims)
-            past = any(r.attr("at") == "previous" for r in E.reads(n.args[0], "readout"))  # a pair beside the decay, not across it
-            return replace(n, args=(*(self.lower(a) for a in n.args), *(() if past else (E.call("exp", self.lower(gate)),))))
+            return replace(n, args=(*(self.lower(a) for a in n.args), E.call("exp", self.lower(gate))))
+        if n.op == "lead":
+            return push_leads(E.lead(self.lower(n.args[0])), self.stored)
         if n.op != "readout" or len(self.states[n.name].dims) > 1:
             return None
         state = replace(readout(self.states[n.name], ONE, "", n.attr("at")), head=self.states[n.name].head)
         vector = self.lower(n.args[0])
         return E.contract(vector, state) if n.attr("dim") else E.mul(vector, state)
+
+    def stored(self, n: Expr) -> bool:
+        """Tells whether a value has a row for every token: an input, or what an earlier pass keeps."""
+        return n.op == "input" or not (self.is_pure(n) or n.op in FUNCTIONS or n.op in ("pow", "expand"))
 
     def lower_state(self, s: State) -> State:
         """Lowers the decays and the writes of a state; a vector state's write becomes one product."""
@@ -227,6 +234,8 @@ class _Planner:
                 below = max(below, gathered + 1) if node.attr("at") == "all" else self.parity(max(below, gathered), state.reverse)
             elif node.op == "suffix":
                 below = self.parity(below, True)
+            elif node.op == "lead" and not self.is_pure(node):  # what the token after has is there once a pass is over
+                below += 1
             self.levels[node] = below
         return self.levels[node]
 
@@ -346,8 +355,10 @@ class _Planner:
                 for a in n.args:
                     visit(a)
                 constants[n] = None
-            elif n.op == "input":
+            elif n.op in LOADED:
                 loads[n] = None
+                if not self.is_pure(n):
+                    kept[n.args[0]] = None
             elif self.level(n) < level and not self.is_pure(n):
                 kept[n] = None
             else:
@@ -357,7 +368,7 @@ class _Planner:
 
         for n in wanted:
             visit(n)
-        return list(order), tuple(sorted(loads, key=lambda n: n.name))
+        return list(order), tuple(sorted(loads, key=lambda n: n.name or n.op))
 
 
 def _row(x: Expr, dims: tuple[str, ...], token: bool = False) -> Expr:
