@@ -75,15 +75,19 @@ class StepStatements(Statements):
         return self.let("b_r", f"tl.sum({self.spread(clean, axes)} * {held}, axis={axes.index(dim)})", rest)
 
 
-def print_kernel(kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str) -> Printed:
-    """Prints ``kernel``; ``heads`` gives every tensor's head dim, ``top`` is the program's."""
-    return _Kernel(kernel, recurrence, states, heads, top).print()
+def print_kernel(
+    kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str, exact: frozenset[str]
+) -> Printed:
+    """Prints ``kernel``; ``heads`` gives every tensor's head dim, ``top`` is the program's, ``exact`` are the tensors in float32."""
+    return _Kernel(kernel, recurrence, states, heads, top, exact).print()
 
 
 class _Kernel:
     """The parts of one kernel while it is printed."""
 
-    def __init__(self, kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str) -> None:
+    def __init__(
+        self, kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str, exact: frozenset[str]
+    ) -> None:
         self.kernel, self.recurrence, self.states, self.heads, self.top = kernel, recurrence, states, heads, top
         roots = [s.value for s in kernel.stores] + [x for h in kernel.holds for t in h.carry.terms for x in (t.near, t.far)]
         names = recurrence.names
@@ -93,6 +97,7 @@ class _Kernel:
             self.out = SweepStatements(kernel, names, roots)
         else:
             self.out = Statements(names, roots, rows_end="T - first * BT" if kernel.kind == "chunks" else "T - i_c * BT")
+        self.out.exact = exact
         self.before: list[str] = []
         self.after: list[str] = []
         self.pointers: list[tuple[str, State]] = []
@@ -185,18 +190,19 @@ class _Kernel:
 
     def doc(self) -> list[str]:
         """Prints the kernel's docstring: what it computes."""
-        lines = [f'"""{self.kernel.why[0].upper()}{self.kernel.why[1:]}.', ""]
         names = {e: n for n, e in self.recurrence.names}
-        lines += [f"{s.buffer.name} = {E.show(s.value, names)}" for s in self.kernel.stores if self.kernel.kind != "sweep"]
-        lines += [f"{h.carry}" for h in self.kernel.holds]
+        lines = [f"{self.kernel.why[0].upper()}{self.kernel.why[1:]}."]
+        lines += [f"    {h.carry}" for h in self.kernel.holds]
+        lines += [f"    {s.buffer.name} {'+=' if s.summed else '='} {E.show(s.value, names)}" for s in self.kernel.stores]
         out = []
         for line in lines:
             while len(line) > 130:
                 at = line.rfind(" ", 0, 130)
                 out.append(line[:at])
-                line = "    " + line[at + 1 :]
+                line = "        " + line[at + 1 :]
             out.append(line)
-        return [*out, '"""'] if len(out) > 2 else [f'{out[0]}"""']
+        out[0] = f'"""{out[0]}'
+        return [out[0], "", *out[1:], '"""'] if len(out) > 1 else [f'{out[0]}"""']
 
     def signature(self, dims: tuple[str, ...]) -> list[str]:
         """Prints the parameters, a line a tensor."""

@@ -52,6 +52,7 @@ class Statements:
     def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], rows: bool = True, rows_end: str = "m_end") -> None:
         self.lines: list[str] = []
         self.tiles: dict[Expr, Tile] = {}
+        self.exact: frozenset[str] = frozenset()  # tensors that hold float32 whatever the inputs do
         self.rows = rows  # whether tiles have a token axis (the step kernel has none)
         self.rows_end = rows_end  # the row behind the sequence's last token
         self.used: set[str] = set()

@@ -72,6 +72,8 @@ class _Module:
         buffers = [s.buffer for k in plan.forward + plan.backward + plan.step for s in k.stores]
         self.buffers = {b.name: b for b in buffers}
         self.heads |= {b.name: b.head for b in buffers if b.name not in self.heads}
+        self.exact = frozenset(b.name for b in buffers if b.dtype == "float32") | {f"total_{s.name}" for s in plan.states}
+        self.exact |= {c.buffer.name for k in plan.backward for c in k.closings}
         self.heads |= {f"total_{s.name}": s.head for s in plan.states if not s.causal}
         self.heads |= {c.buffer.name: self.top for k in plan.backward for c in k.closings}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
@@ -92,7 +94,7 @@ class _Module:
                 continue
             states = {n: s for n, s in self.states.items() if k.kind != "step" or n in {x.name for x in self.r.states}}
             top = k.stores[0].buffer.head if k.name.startswith("prepare") else self.top
-            printed = print_kernel(k, self.core(k), states, self.heads, top)
+            printed = print_kernel(k, self.r, states, self.heads, top, self.exact)
             prelude |= set(printed.prelude)
             kernels.append(printed.source)
             done[k] = printed
@@ -106,10 +108,6 @@ class _Module:
             functions=functions, chunk=self.r.chunk_default, saves=len(self.plan.saved), segments=_printed(segments)
         )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
-
-    def core(self, k: Kernel) -> Recurrence:
-        """Returns the recurrence whose names a kernel may use."""
-        return self.r
 
     def loads(self, k: Kernel) -> list[Buffer]:
         """Lists the stored values that a token-wise kernel loads."""

@@ -39,7 +39,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     free = {s.name: s for s in recurrence.states + adjoint.states}
     lowered = _map_recurrence(recurrence, lambda e: _totals(lower_rows(e), free))
     back = _map_adjoint(simplify(adjoint), lambda e: _totals(lower_rows(e), free))
-    prepared = _prepared(lowered, back)
+    taken = {t.name for t in recurrence.inputs + recurrence.params} | {n for n, _ in recurrence.outputs}
+    prepared = _prepared(_operands(lowered.states, [e for _, e in lowered.outputs]), recurrence.names, "x", taken)
     table = {n: b.leaf for n, b in prepared.items()}
     core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
     back = _map_adjoint(back, lambda e: E.substitute(e, table))
@@ -48,6 +49,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
     loads = {n: b.leaf for n, b in saved.items()}
     back = _map_adjoint(back, lambda e: factor(push_leads(E.substitute(e, loads), _loaded)))
+    numbers = _prepared(_operands(back.states, [e for _, e in back.gradients]), (), "w", taken, head)
+    back = _map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in numbers.items()}))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     kept = {b.name: b for b in saved.values() if b.name not in outputs}
 
@@ -75,7 +78,6 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states},
         given=core.states,
     )
-    taken: set[str] = set()
     chunked = _chunked("forward", sweeps, head, taken)
     decayed = _stored(chunked)
     reverse = tuple(_load(k, decayed) for k in reverse)
@@ -86,7 +88,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     return Plan(
         recurrence.name,
         (*prepare, *(_load(k, _others(decayed, k)) for k in chunked), *(_load(k, decayed) for k in sweeps)),
-        (*undone, *(_load(k, _stored(undone)) for k in reverse)),
+        (*_tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take"), *undone, *(_load(k, _stored(undone)) for k in reverse)),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
         (*prepared.values(), *kept.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
@@ -155,18 +157,16 @@ def _named(nodes: Iterable[Expr], names: tuple[tuple[str, Expr], ...], stem: str
     return out
 
 
-def _prepared(recurrence: Recurrence, adjoint: Adjoint) -> dict[Expr, Buffer]:
-    """Chooses what is computed before the sweeps and stored."""
-    wanted = _operands(recurrence.states, [e for _, e in recurrence.outputs])
+def _prepared(wanted: list[Expr], names: tuple[tuple[str, Expr], ...], stem: str, taken: set[str], head: str = "") -> dict[Expr, Buffer]:
+    """Chooses what is computed before the sweeps and stored, of the operands ``wanted``; on ``head`` where one is given."""
     chosen = cut(
         wanted,
-        early=lambda n: n.op in ROWS + SIZED,
+        early=lambda n: n.op in ROWS + SIZED and not E.reads(n, "readout"),
         cost=lambda n: _bytes(n) if n.op in LEAVES else 2.2 * _bytes(n) + 4,
     )
-    nodes = [n for n in walk(*wanted) if n in chosen and n.op not in LEAVES and n.token]
-    taken = {t.name for t in recurrence.inputs + recurrence.params} | {n for n, _ in recurrence.outputs}
-    names = _named(nodes, recurrence.names, "x", taken)
-    return {n: Buffer(names[n], n.head, n.dims, n.token, "input" if n.dims else "float32") for n in nodes}
+    nodes = [n for n in walk(*wanted) if n in chosen and n.op not in LEAVES and n.token and not E.reads(n, "readout")]
+    named = _named(nodes, names, stem, taken)
+    return {n: Buffer(named[n], head or n.head, n.dims, n.token, "input" if n.dims else "float32") for n in nodes}
 
 
 def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Buffer]:
