@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
+from lagen.verify.interpret import faithful
+
 Indices = NDArray[np.int64]
 Program = tuple[int, int, int]
 
@@ -291,6 +293,7 @@ def sanitize() -> Iterator[list[Finding]]:
         watch.restore(*rest)
 
     with (
+        faithful(),
         poisoned(),
         mock.patch.multiple(
             builder,

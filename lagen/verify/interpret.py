@@ -1,0 +1,80 @@
+"""bfloat16 in Triton's interpreter: as a device computes it.
+
+The interpreter (Triton 3.9) keeps bfloat16 as 16-bit patterns and computes with the patterns: a product of two bfloat16 tiles is that
+of two integers. Inside ``faithful`` the patterns are widened to float32 for arithmetic and for tl.dot, and rounded to the nearest,
+ties to even, on the way back, where the interpreter cuts off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+from triton import language as tl
+from triton.runtime import interpreter
+
+
+def widen(patterns: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Returns the numbers that bfloat16 patterns stand for."""
+    return (patterns.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def narrow(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Returns the patterns of the nearest bfloat16 numbers, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32).reshape(np.shape(numbers))
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(numbers), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+def _is(handle: Any) -> bool:
+    return bool(handle.dtype.scalar == tl.bfloat16)
+
+
+def _wide(handle: Any) -> Any:
+    return interpreter.TensorHandle(widen(handle.data), tl.float32) if _is(handle) else handle
+
+
+def _back(handle: Any) -> Any:
+    if handle.data.dtype == np.bool_:  # a comparison
+        return interpreter.TensorHandle(handle.data, tl.int1)
+    return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16)
+
+
+@contextmanager
+def faithful() -> Iterator[None]:
+    """Computes with bfloat16 as a device does, in every kernel interpreted inside the block."""
+    builder = interpreter.InterpreterBuilder
+    plain = {name: getattr(builder, name) for name in ("unary_op", "binary_op", "ternary_op", "cast_impl", "create_dot")}
+
+    def arithmetic(name: str) -> Callable[..., Any]:
+        def compute(self: Any, *handles: Any) -> Any:
+            *operands, op = handles
+            if op is np.where or not any(map(_is, operands)):  # choosing between patterns is right as it is
+                return plain[name](self, *handles)
+            return _back(plain[name](self, *map(_wide, operands), op))
+
+        return compute
+
+    def cast(self: Any, handle: Any, kind: Any) -> Any:
+        if handle.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16)
+        if _is(handle) and kind.scalar != tl.bfloat16:
+            return plain["cast_impl"](self, _wide(handle), kind) if kind.scalar != tl.float32 else _wide(handle)
+        return plain["cast_impl"](self, handle, kind)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain["create_dot"](self, _wide(a), _wide(b), *rest)
+
+    with mock.patch.multiple(
+        builder,
+        unary_op=arithmetic("unary_op"),
+        binary_op=arithmetic("binary_op"),
+        ternary_op=arithmetic("ternary_op"),
+        cast_impl=cast,
+        create_dot=dot,
+    ):
+        yield
