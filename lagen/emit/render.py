@@ -21,6 +21,7 @@ from lagen.emit.triton import render_triton
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
+from lagen.passes.digest import digest as algebra
 from lagen.passes.digest import identity
 
 SUPPORT = ("signature", "dispatch", "operator", "chunked", "cpp")
@@ -121,7 +122,7 @@ def formula(size: Expr) -> Formula:
 def _kernels(recurrence: Recurrence, adjoint: Adjoint) -> str | Fallback:
     """Returns the Triton kernels of a variant, or says why they cannot be printed."""
     try:
-        return render_triton(recurrence, adjoint).strip()
+        return render_triton(recurrence, adjoint, data.tiles(algebra(recurrence))).strip()
     except NotImplementedError as missing:
         return Fallback(str(missing))
 

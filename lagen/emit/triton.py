@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from lagen.emit.forms import segments
@@ -27,10 +27,10 @@ _RESERVED = {"B", "T", "H", "HV", "G", "BT", "DT", "NY", "NC", "NSEG", "SEG", "L
 _RESERVED |= {"i_y", "first", "count", "torch", "triton", "tl", "inputs", "params", "scale", "saved", "outputs", "states", "closed", "dtype", "device"}
 
 
-def render_triton(recurrence: Recurrence, adjoint: Adjoint) -> str:
-    """Prints the Triton part of a variant's module."""
+def render_triton(recurrence: Recurrence, adjoint: Adjoint, tiles: Mapping[str, Mapping[str, int]] | None = None) -> str:
+    """Prints the Triton part of a variant's module; ``tiles`` narrows tiles by target, then by pass and dim ("forward V")."""
     recurrence, adjoint = _renamed(recurrence, adjoint)
-    return _Module(recurrence, adjoint, make_plan(recurrence, adjoint)).render()
+    return _Module(recurrence, adjoint, make_plan(recurrence, adjoint)).render(tiles or {})
 
 
 def _renamed(r: Recurrence, a: Adjoint) -> tuple[Recurrence, Adjoint]:
@@ -78,7 +78,7 @@ class _Module:
         self.heads |= {c.buffer.name: self.top for k in plan.backward for c in k.closings}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
 
-    def render(self) -> str:
+    def render(self, tiles: Mapping[str, Mapping[str, int]]) -> str:
         """Prints device functions, kernels, launchers."""
         parts: list[str] = []
         kernels: list[str] = []
@@ -105,7 +105,7 @@ class _Module:
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
         launch = environment().get_template("triton/launch.py.j2").render(
-            functions=functions, chunk=self.r.chunk_default, saves=len(self.plan.saved), segments=_printed(segments)
+            functions=functions, tight={t: dict(sorted(c.items())) for t, c in sorted(tiles.items())}, chunk=self.r.chunk_default, saves=len(self.plan.saved), segments=_printed(segments)
         )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
 
@@ -154,7 +154,7 @@ class _Module:
             return f"torch.float32 if {'G > 1' if self.top == 'HV' else 'HV > 1'} else {name}.dtype" if narrow else f"{name}.dtype"
         return "torch.float32" if b.dtype == "float32" else "dtype"
 
-    def tiles(self, kernels: list[Kernel]) -> list[str]:
+    def tiles(self, kernels: list[Kernel], pass_: str) -> list[str]:
         """Prints the configuration of a pass: one chunk, one tile per dim on the grid (tiles share sums), blocks of whole dims."""
         size = f"{self.r.inputs[0].name}.element_size()"
         cap: dict[str, int] = {}
@@ -162,14 +162,13 @@ class _Module:
             cap[k.tile] = min(cap.get(k.tile, 64), widest_tile(k))
         lines = []
         for k in kernels:
-            if k.kind == "chunks":
-                lines.append(f"BT, B{k.tile}_chunk = _config({k.tile}, 16, {size}, 32)[0], min(_block({k.tile}), {widest_tile(k)})")
-            if k.kind not in ("sweep", "step"):
-                continue
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
-            called = f"_config({k.tile or 16}, {most}, {size}, {cap[k.tile]})"
-            lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
+            if k.kind == "chunks":
+                lines.append(f'BT, B{k.tile}_chunk = _config("{pass_} chunks {k.tile}", {k.tile}, 16, {size}, {widest_tile(k)})[:2]')
+            elif k.kind in ("sweep", "step"):
+                called = f'_config("{pass_} {k.tile}", {k.tile or 16}, {most}, {size}, {cap[k.tile]})'
+                lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
         if not lines:
             lines.append(f"BT = {self.r.chunk_default}")
         return lines
@@ -246,6 +245,7 @@ class _Module:
                 args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
+            lines += [line for name, s in p.states if name.startswith("next_") for line in self.keep(s, k.tile)]
             args.append("HV, G, NY")
         elif k.kind == "chunks":
             lines.append(f"NY, NC = {tile}, triton.cdiv(T, BT)")
@@ -273,6 +273,11 @@ class _Module:
         lines.append(f"        num_warps={warps}, num_stages={stages},")
         lines.append("    )")
         return lines
+
+    def keep(self, s: State, tile: str) -> list[str]:
+        """Prints the copy of a state that several programs of a step read, where there are several: one of them writes it."""
+        programs = ([] if tile in ("", *s.dims) else ["NY"]) + ([] if s.head == self.top else ["G" if s.head else "HV"])
+        return [f"next_{s.name} = state_{s.name}", f"state_{s.name} = state_{s.name}.clone() if {' * '.join(programs)} > 1 else state_{s.name}"]
 
     def token(self, name: str) -> bool:
         """Tells whether a tensor has batch and time."""
@@ -309,7 +314,7 @@ class _Module:
 
     def pointer(self, name: str) -> str:
         """Prints the tensor behind a state's pointer; any tensor stands in for one that is absent."""
-        return f"{name} if {name} is not None else {self.r.inputs[0].name}" if not name.startswith("state_") else name
+        return f"{name} if {name} is not None else {self.r.inputs[0].name}" if not name.startswith(("state_", "next_")) else name
 
     def cut_name(self, name: str) -> str:
         """Names what a sweep starts from: a given state, or a segment's border."""
@@ -334,7 +339,7 @@ class _Module:
         """Prints triton_forward."""
         self.done = done
         causal = all(s.causal for s in self.r.states)
-        lines = self.sizes(step=False) + self.tiles([*self.borders(self.r.states), *self.plan.forward]) + self.segments(self.plan.forward, "False")
+        lines = self.sizes(step=False) + self.tiles([*self.borders(self.r.states), *self.plan.forward], "forward") + self.segments(self.plan.forward, "False")
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += [f"start_{s.name} = initial_{s.name}" for s in self.r.states]
         for s in self.r.states:
@@ -357,7 +362,7 @@ class _Module:
         self.done = done
         gated = any(k.closings for k in self.plan.backward)
         exact = "dtype == torch.float32" if gated else "False"
-        lines = self.sizes(step=False) + self.tiles([*self.plan.borders, *self.plan.backward]) + self.segments(self.plan.backward, exact)
+        lines = self.sizes(step=False) + self.tiles([*self.plan.borders, *self.plan.backward], "backward") + self.segments(self.plan.backward, exact)
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
         lines += [f"start_{s.name}, after_{s.name} = initial_{s.name}, dfinal_{s.name}" for s in self.r.states]
@@ -412,7 +417,7 @@ class _Module:
     def step(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_step."""
         self.done = done
-        lines = self.sizes(step=True) + self.tiles(list(self.plan.step))
+        lines = self.sizes(step=True) + self.tiles(list(self.plan.step), "step")
         lines += [f"{', '.join(f'state_{s.name}' for s in self.r.states)}, = states"]
         for k in self.plan.step:
             lines += self.launch(k, step=True)
