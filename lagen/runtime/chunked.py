@@ -382,12 +382,10 @@ class State:
         plain = self._coordinates(2, at, decayed)
         if plain is None:
             return weights.triu(0 if at == "since" else 1) if self.reverse else weights.tril(0 if at == "now" else -1)
-        between = plain[0] - plain[1].transpose(-1, -2)
+        reader, writer = plain[0], plain[1].transpose(-1, -2)
+        between = writer - reader if self.reverse else reader - writer
         unseen = torch.ones(self.size, self.size, dtype=torch.bool, device=x.device)
-        if self.reverse:
-            between, unseen = -between, unseen.tril()
-        else:
-            unseen = unseen.triu(1 if at == "now" else 0)
+        unseen = unseen.tril() if self.reverse else unseen.triu(1 if at == "now" else 0)
         return weights * self._exp(between.masked_fill(unseen, -torch.inf))
 
     def _mix(self, weights: Tensor, y: Tensor, side: int, at: str, decayed: bool) -> Tensor:
@@ -426,10 +424,8 @@ class State:
         """Decays readers x and writers y of every block to its middle; all exponents are <= 0."""
         inclusive = around[0] if self.reverse else around[1]
         middle = self._half(inclusive, half, 0)[..., -1:, :]
-        to_x = self._half(around[0], half, self._reader) - middle
-        to_y = middle - self._half(around[1], half, 1 - self._reader)
-        if self.reverse:
-            to_x, to_y = -to_x, -to_y
+        at_x, at_y = self._half(around[0], half, self._reader), self._half(around[1], half, 1 - self._reader)
+        to_x, to_y = (middle - at_x, at_y - middle) if self.reverse else (at_x - middle, middle - at_y)
         x, y = self._half(x, half, self._reader), self._half(y, half, 1 - self._reader)
         return x * self._exp(to_x), y * self._exp(to_y)
 

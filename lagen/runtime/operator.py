@@ -39,6 +39,8 @@ class Operator:
         self.__name__, self.__doc__ = spec.name, _docstring(spec)
         self._dispatch = Dispatch(spec, backends)
         self._names = self._dispatch.names
+        named = (a.dims for a in spec.inputs + spec.params)
+        self._key = next(((i, dims.index("K") - len(dims)) for i, dims in enumerate(named) if "K" in dims), None)  # where K is read off
         self._seen: set[object] = set()
 
     def __repr__(self) -> str:
@@ -235,10 +237,10 @@ class Operator:
         """Returns the default scale K ** -0.5; 1 where the spec has no scale."""
         if not self.spec.scaled:
             return 1.0
-        for a, x in zip(self.spec.inputs + self.spec.params, tensors, strict=True):
-            if "K" in a.dims:
-                return float(max(x.shape[a.dims.index("K") - len(a.dims)], 1) ** -0.5)
-        raise ArgumentError(f"{self.spec.name}: no input has a dim K; scale wants to be given")
+        if self._key is None:
+            raise ArgumentError(f"{self.spec.name}: no input has a dim K; scale wants to be given")
+        place, axis = self._key
+        return float(max(tensors[place].shape[axis], 1) ** -0.5)
 
     def _fresh(self, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Tensors:
         return tuple(torch.full([sizes[d] for d in s.shape("B")], s.init, dtype=dtype, device=device) for s in self.spec.states)
