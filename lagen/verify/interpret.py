@@ -60,11 +60,12 @@ def faithful() -> Iterator[None]:
         return compute
 
     def cast(self: Any, handle: Any, kind: Any) -> Any:
-        if handle.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
-            return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16)
-        if _is(handle) and kind.scalar != tl.bfloat16:
-            return plain["cast_impl"](self, _wide(handle), kind) if kind.scalar != tl.float32 else _wide(handle)
-        return plain["cast_impl"](self, handle, kind)
+        if _is(handle) == bool(kind.scalar == tl.bfloat16):
+            return plain["cast_impl"](self, handle, kind)
+        if _is(handle):
+            wide = _wide(handle)
+            return wide if kind.scalar == tl.float32 else plain["cast_impl"](self, wide, kind)
+        return interpreter.TensorHandle(narrow(handle.data.astype(np.float32)), tl.bfloat16)
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain["create_dot"](self, _wide(a), _wide(b), *rest)

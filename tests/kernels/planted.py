@@ -92,4 +92,5 @@ def bfloat16_kernel(a, b, o, p, C: tl.constexpr):
     i_cc = i_c[:, None] * C + i_c[None, :]
     b_a, b_b = tl.load(a + i_cc), tl.load(b + i_cc)
     tl.store(o + i_cc, b_a * b_b + tl.where(b_a < b_b, b_a, -b_b))
-    tl.store(p + i_cc, tl.dot(b_a, b_b))
+    b_l = (i_c[:, None] >= i_c[None, :]).to(tl.bfloat16)
+    tl.store(p + i_cc, tl.dot(b_l, b_b) + i_c[:, None].to(tl.bfloat16) - b_a)
