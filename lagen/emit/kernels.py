@@ -271,6 +271,13 @@ class _Kernel:
         self.out.tiles[carry.value] = tile
         return tile
 
+    def alone(self, head: str, dims: tuple[str, ...] | None = None) -> str:
+        """Prints what holds in one program of those that compute one value, on ``head`` and of ``dims``; "" where each has its own."""
+        tiled = dims is not None and self.kernel.kind in ("sweep", "step") and self.kernel.tile not in ("", *dims)
+        shared = [] if head == self.top else ["i_hv % G == 0" if head else "i_hv == 0"]
+        found = (["i_y == 0"] if tiled else []) + shared
+        return found[0] if len(found) == 1 else " & ".join(f"({x})" for x in found)
+
     def place(self, state: State, carry: Carry) -> str:
         """Prints the offset of a carry's elements in the state's storage [*dims]."""
         if len(state.dims) < 2:
@@ -329,7 +336,7 @@ class _Kernel:
         at = self.point(hold.source, state, "i_s" if carry.updated else "")
         load = f"tl.load({at} + {place}, mask={mask}, other=0.0)" if place else f"tl.load({at})"
         if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
-            load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
+            load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
         self.before += [f"if HAS_{hold.source.upper()}:", f"    {tile.text} = {load}", "else:", f"    {tile.text} = {zero}"]
 
     def border(self, hold: Hold) -> None:
@@ -398,9 +405,11 @@ class _Kernel:
         elif b.token and out.rows:
             at.append(out.spread(Tile("o_t", (ROW,)), axes) + f" * {b.name}_st")
         at += [out.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in b.dims]
+        alone = "" if b.partial else self.alone(b.head, b.dims)
         mask = out.mask(axes)
         where = " + ".join([at[0]] + ([f"({' + '.join(at[1:])})"] if len(at) > 2 else at[1:]))
-        out.lines.append(f"tl.store({where}, {text}" + (f", mask={mask})" if mask else ")"))
+        line = f"tl.store({where}, {text}" + (f", mask={mask})" if mask else ")")
+        out.lines += [f"if {alone}:", f"    {line}"] if alone else [line]
 
     def open(self, n: Expr) -> None:
         """Prints how a suffix sum begins: from the closing of the segment, else from zero."""
@@ -438,7 +447,7 @@ class _Kernel:
             place, mask = self.place(state, carry), out.mask(held.axes)
             load = f"tl.load({self.point(given, state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
             if state.head != self.top:
-                load += " * tl.where(i_hv % G == 0, 1.0, 0.0)"
+                load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
             text, axes = f"{held.text} * {load}", list(held.axes)
             for axis in reversed(held.axes):
                 if axis not in b.dims:
@@ -463,7 +472,8 @@ class _Kernel:
         at = self.point(hold.sink, State(state.name, head, state.dims, (), ()), "")
         end = "0" if carry.reverse else "NSEG - 1"
         text = f"tl.store({at}" + (f" + {place}, b_{carry.state}, mask={mask})" if place else f", b_{carry.state})")
-        conditions = [f"if i_s == {end}:"] + ([] if full or head == self.top else ["if i_hv % G == 0:"])
+        alone = self.alone(head, axes)
+        conditions = [f"if i_s == {end}:", *([f"if {alone}:"] if alone else [])]
         self.after.append(f"if HAS_{hold.sink.upper()}:")
         for depth, line in enumerate([*conditions, text], 1):
             self.after.append("    " * depth + line)
@@ -496,20 +506,23 @@ class _Kernel:
         for store in self.kernel.stores:
             self.store(store)
         for state in self.states.values():
-            _, at, mask = self.step_place(state)
-            guard = state.head != self.top
+            alone, name = self.alone(state.head, state.dims), f"state_{state.name}"
+            if alone:  # others read the old state meanwhile
+                name = f"next_{state.name}"
+                self.pointers.append((name, state))
+            _, at, mask = self.step_place(state, name)
             line = f"tl.store({at}, b_{state.name}_n" + (f", mask={mask})" if mask else ")")
-            out.lines += ["if i_hv % G == 0:", f"    {line}"] if guard else [line]
+            out.lines += [f"if {alone}:", f"    {line}"] if alone else [line]
         return out.lines
 
-    def step_place(self, state: State) -> tuple[str, str, str]:
-        """Prints offset, pointer and mask of a state's tile in the step kernel."""
+    def step_place(self, state: State, name: str) -> tuple[str, str, str]:
+        """Prints offset, pointer and mask of a state's tile in the step kernel; ``name`` is the tensor's."""
         out, axes = self.out, state.dims
         place = " + ".join(
             out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
             for i, d in enumerate(axes)
         )
-        at = self.point(f"state_{state.name}", state, "")
+        at = self.point(name, state, "")
         return place, f"{at} + {place}" if place else at, out.mask(axes)
 
     def chunks(self) -> list[str]:
