@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from lagen.runtime.signature import ArgumentError, OperatorSpec, Sizes, Tensors
+from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors
 
 Flat = Tensor | Tensors  # an operator with one result returns it bare
 ORDER = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
@@ -203,16 +203,12 @@ class Dispatch:
         backend, initial = self.pick(name, tensors), self._initial(args)
         rest = args[self.tensors + self.states : -2]
         saved, made, cotangents = rest[: backend.saves], rest[self.saves : self.saves + self.made], rest[self.saves + self.made :]
-        sizes = self._sizes(tensors, "B", "T")
-
-        def dense(d: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return first.new_zeros(shape, dtype=dtype) if d is None else d
-
-        d_outputs = tuple(dense(d, sizes.shape(o, "B", "T"), first.dtype) for o, d in zip(self.spec.outputs, cotangents, strict=False))
+        d_outputs, d_last = tuple(cotangents[: self.outputs]), tuple(cotangents[self.outputs :])
+        if any(d is None for d in d_outputs):
+            d_outputs = self._dense(d_outputs, self.spec.outputs, ("B", "T"), first.dtype, tensors)
         d_finals: Tensors | None = None
-        if any(d is not None for d in cotangents[self.outputs :]):
-            dtype, last = state_dtype(tensors), cotangents[self.outputs :]
-            d_finals = tuple(dense(d, sizes.shape(s, "B"), dtype) for s, d in zip(self.spec.states, last, strict=True))
+        if any(d is not None for d in d_last):
+            d_finals = self._dense(d_last, self.spec.states, ("B",), state_dtype(tensors), tensors)
         outputs, finals = (tuple(x for x in part if x is not None) for part in (made[: self.outputs], made[self.outputs :]))
         d_inputs, d_params, d_states = backend.backward(
             *self.split(tensors), scale, initial, saved, outputs, finals or None, d_outputs, d_finals
@@ -220,6 +216,14 @@ class Dispatch:
         if d_states is None:
             d_states = tuple(first.new_empty(0) for _ in range(self.states))
         return _flat((*d_inputs, *d_params, *d_states))
+
+    def _dense(
+        self, given: Sequence[Tensor | None], arguments: Sequence[Argument], lead: tuple[str, ...], dtype: torch.dtype, tensors: Tensors
+    ) -> Tensors:
+        """Puts zeros for the cotangents that are absent."""
+        sizes = self._sizes(tensors, "B", "T")
+        pairs = zip(given, arguments, strict=True)
+        return tuple(tensors[0].new_zeros(sizes.shape(a, *lead), dtype=dtype) if d is None else d for d, a in pairs)
 
     def _fake_backward(self, *args: Any) -> Flat:
         """Makes what backward returns, by shape alone."""
