@@ -110,9 +110,12 @@ class _Module:
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
 
     def loads(self, k: Kernel) -> list[Buffer]:
-        """Lists the stored values that a token-wise kernel loads."""
-        names = dict.fromkeys(n.name for s in k.stores for n in E.walk(s.value) if n.op == "stored")
-        return [self.buffers[n] for n in names]
+        """Lists the stored values that a token-wise kernel loads; torch operations are handed the cotangents as well."""
+        nodes = [n for s in k.stores for n in E.walk(s.value)]
+        names = dict.fromkeys(n.name for n in nodes if n.op == "stored")
+        read = {n.name for n in nodes if n.op == "input"} if k.kind == "torch" else set()
+        cotangents = [Buffer(t.name, t.head, t.dims, True, "input") for t in self.a.cotangents if t.name in read]
+        return [*(self.buffers[n] for n in names), *cotangents]
 
     # -- launchers ----------------------------------------------------------------------------------------------------------------
 
