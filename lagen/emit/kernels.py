@@ -114,7 +114,7 @@ class _Kernel:
         signature = self.signature(dims)
         prelude = sorted(self.out.prelude)
         template = environment().get_template(f"triton/{self.kernel.kind}.py.j2")
-        text = "\n".join(before + body)
+        text = "\n".join(before + body + self.after)
         source = template.render(
             kernel=self.kernel,
             looped=any(s.value.op == "gram" for s in self.kernel.stores),

@@ -68,7 +68,7 @@ class _Module:
         self.tensors = recurrence.inputs + recurrence.params
         self.top = max((t.head for t in self.tensors), key=E.HEADS.index)
         self.states = {s.name: s for s in plan.states}
-        self.heads = {t.name: t.head for t in self.tensors} | {t.name: t.head for t in adjoint.cotangents}
+        self.heads = {t.name: t.head for t in self.tensors} | {t.name: self.top for t in adjoint.cotangents}
         buffers = [s.buffer for k in plan.forward + plan.backward + plan.step for s in k.stores]
         self.buffers = {b.name: b for b in buffers}
         self.heads |= {b.name: b.head for b in buffers if b.name not in self.heads}
@@ -372,6 +372,9 @@ class _Module:
         lines.append("closed = NSEG > 1 or d_final_states is not None")
         lines.append(f"{', '.join(n for n, _ in self.r.outputs)}, = map(_unit, outputs)")
         lines.append(f"{', '.join(t.name for t in self.a.cotangents)}, = map(_unit, d_outputs)")
+        for t in (t for t in self.a.cotangents if t.head != self.top):  # else each head of a group would send it back
+            lines.append(f"{t.name}, narrow = {t.name}.new_zeros(B, T, HV, *{t.name}.shape[{2 + bool(t.head)}:]), {t.name}")
+            lines.append(f"{t.name}[:, :, {'::G' if t.head else '0'}] = narrow")
         if self.plan.saved:
             lines.append(f"{', '.join(b.name for b in self.plan.saved)}, = saved")
         for s in (s for s in self.a.states if s.name != f"d{s.of}"):

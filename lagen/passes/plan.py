@@ -36,6 +36,9 @@ Key = tuple[bool, str]
 
 def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     """Plans forward, backward and step of ``recurrence``."""
+    head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
+    # each head sums its own share of a gradient over all tokens; what the sum gives is added up over the heads at the end
+    adjoint = replace(adjoint, states=tuple(s if s.causal else replace(s, head=head) for s in adjoint.states))
     free = {s.name: s for s in recurrence.states + adjoint.states}
     lowered = _map_recurrence(recurrence, lambda e: _totals(lower_rows(e), free))
     back = _map_adjoint(simplify(adjoint), lambda e: _totals(lower_rows(e), free))
@@ -44,7 +47,6 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     table = {n: b.leaf for n, b in prepared.items()}
     core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
     back = _map_adjoint(back, lambda e: E.substitute(e, table))
-    head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
     saved = _saved(core, back, head)
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
     loads = {n: b.leaf for n, b in saved.items()}
