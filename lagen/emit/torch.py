@@ -62,7 +62,9 @@ def _backward(a: Adjoint) -> str:
     a gradient is linear in them, so one sum at the end gathers the parts, and nothing is counted once a head on the way.
     """
     r = a.recurrence
-    p = _Printer(r)
+    # a decay's gradient is a difference that cancels over the whole sequence: float32 would lose it where it is summed again
+    gated = any(e.op == "suffix" for _, g in a.gradients for e in walk(g))
+    p = _Printer(r, precision="torch.float64" if gated else "chunked.compute_dtype(inputs)")
     p.head(r.inputs, r.params)
     p.wide = max((t.head for t in r.inputs + r.params), key=HEADS.index)
     for i, t in enumerate(a.cotangents):
@@ -181,6 +183,7 @@ class _Printer:
 
     recurrence: Recurrence
     step: bool = False
+    precision: str = "chunked.compute_dtype(inputs)"
     wide: str = ""  # the head that cotangents stand on
     lines: list[str] = field(default_factory=list)
     done: dict[Expr, tuple[str, int]] = field(default_factory=dict)
@@ -224,7 +227,7 @@ class _Printer:
         """Prints sizes and brings inputs and params to the prelude's layout."""
         r = self.recurrence
         self.taken |= {d for t in (*inputs, *params) for d in t.dims} | {d for d, _ in r.sizes}
-        self.line("dtype = chunked.compute_dtype(inputs)")
+        self.line(f"dtype = {self.precision}")
         self.line("B = inputs[0].shape[0]" if self.step else "B, T = inputs[0].shape[:2]")
         where: dict[str, str] = {}
         skip = 1 if self.step else 0
