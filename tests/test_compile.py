@@ -108,14 +108,16 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
     assert not report.fits(find("cuda:90"))
 
 
-def test_a_compile_that_takes_too_long_is_killed_and_the_next_one_runs() -> None:
-    slow = describe(str(SOURCE), "product_kernel", PRODUCT, {"C": 256}, 1, 2, find("cuda:90"))
+def test_a_compile_that_takes_too_long_is_killed_and_the_next_one_runs(tmp_path: Path) -> None:
+    endless = tmp_path / "endless.py"
+    endless.write_text("import time\ntime.sleep(600)\n" + SOURCE.read_text().replace("from __future__ import annotations\n", ""))
+    slow = describe(str(endless), "product_kernel", PRODUCT, {"C": 64}, 4, 2, find("cuda:90"))
     quick = describe(str(SOURCE), "add_kernel", SIGNATURE, {"BT": 64}, 4, 2, find("cuda:90"))
     start = time.monotonic()
-    stopped, ran = compile_launches([slow, quick], workers=1, timeout=2.0)
-    assert stopped.failure == "took longer than 2 s"
+    stopped, ran = compile_launches([slow, quick], workers=1, timeout=15.0)
+    assert stopped.failure == "took longer than 15 s"
     assert not ran.failure and ran.registers > 0
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200
 
 
 def test_reports_are_remembered_by_what_decides_the_code(cold: Path, tmp_path: Path) -> None:
