@@ -78,7 +78,7 @@ def _tuple(x: object) -> Tensors:
     return x if isinstance(x, tuple) else (x,)
 
 
-def _call(subject: Subject, scale: float | None) -> Run:
+def call(subject: Subject, scale: float | None) -> Run:
     """Wraps the operator as a function of tuples."""
     variant = subject.variant
 
@@ -172,7 +172,7 @@ def _to(case: Case, device: str) -> Case:
     )
 
 
-def _judge(law: str, subject: Subject, case: Case, run: Run, scale: float | None = None, gradients: bool = True, note: str = "") -> Judged:
+def judge(law: str, subject: Subject, case: Case, run: Run, scale: float | None = None, gradients: bool = True, note: str = "") -> Judged:
     """Compares all that comes of a case with the oracle, and where that is off by more than the base, with the yardstick."""
 
     def recurrence(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ def _extent(time: int, thorough: bool) -> Extent:
 def _test_lengths(law: str, subject: Subject, thorough: bool) -> Judged:
     for i, time in enumerate(dict.fromkeys(cases.lengths(subject.variant))):
         case = cases.make(subject.variant, _extent(time, thorough), carried=i % 2 == 1)
-        yield from _judge(law, subject, case, _call(subject, None))
+        yield from judge(law, subject, case, call(subject, None))
 
 
 def _test_regimes(law: str, subject: Subject, thorough: bool) -> Judged:
@@ -217,7 +217,7 @@ def _test_regimes(law: str, subject: Subject, thorough: bool) -> Judged:
     for regime in cases.regimes(subject.variant):
         for carried in (False, True) if thorough else (True,):
             case = cases.make(subject.variant, _extent(time, thorough), regime, carried=carried)
-            yield from _judge(law, subject, case, _call(subject, None))
+            yield from judge(law, subject, case, call(subject, None))
 
 
 def _test_half(law: str, subject: Subject, thorough: bool) -> Judged:
@@ -225,14 +225,14 @@ def _test_half(law: str, subject: Subject, thorough: bool) -> Judged:
     for dtype in (torch.bfloat16, torch.float16) if thorough else (torch.bfloat16,):
         for regime in cases.regimes(subject.variant) if thorough else ("mild",):
             case = cases.make(subject.variant, _extent(time, thorough), regime, dtype, carried=True)
-            yield from _judge(law, subject, case, _call(subject, None))
+            yield from judge(law, subject, case, call(subject, None))
 
 
 def _test_heads(law: str, subject: Subject, thorough: bool) -> Judged:
     dims = (("K", 5), ("V", 17), ("M", 6))
     scale = SCALE if subject.variant.scaled else None
     case = cases.make(subject.variant, Extent(19, batch=2, heads=3, dims=dims), carried=True, seed=1)
-    yield from _judge(law, subject, case, _call(subject, scale), scale, note=", B 2, H 3, K 5, V 17")
+    yield from judge(law, subject, case, call(subject, scale), scale, note=", B 2, H 3, K 5, V 17")
 
 
 def _test_segments(law: str, subject: Subject, thorough: bool) -> Judged:
@@ -240,8 +240,8 @@ def _test_segments(law: str, subject: Subject, thorough: bool) -> Judged:
     ways = ((c - 3, c + 1), (c,), (1, 2, 2, c + 2)) if thorough else ((c - 3, c + 1),)
     for cuts in ways:
         case = cases.make(subject.variant, _extent(c + 9, thorough), carried=True, seed=2)
-        run = _segments(_call(subject, None), cuts)
-        yield from _judge(law, subject, case, run, note=f", cut at {', '.join(map(str, cuts))}")
+        run = _segments(call(subject, None), cuts)
+        yield from judge(law, subject, case, run, note=f", cut at {', '.join(map(str, cuts))}")
 
 
 def _test_steps(law: str, subject: Subject, thorough: bool) -> Judged:
@@ -264,7 +264,7 @@ def _test_steps(law: str, subject: Subject, thorough: bool) -> Judged:
     for dtype in (torch.float32, torch.bfloat16):
         case = cases.make(variant, _extent(time, thorough), dtype=dtype, carried=True, seed=3)
         with torch.no_grad():
-            yield from _judge(law, subject, case, run, gradients=False)
+            yield from judge(law, subject, case, run, gradients=False)
 
 
 def _test_future(law: str, subject: Subject, thorough: bool) -> Judged:
@@ -272,19 +272,19 @@ def _test_future(law: str, subject: Subject, thorough: bool) -> Judged:
     for time in (c - 1, c + 1) if thorough else (c - 1,):
         case = cases.make(subject.variant, _extent(time, thorough), carried=True, seed=4)
         tail = _to(cases.make(subject.variant, _extent(7, thorough), seed=5), subject.device).inputs
-        run = _followed(_call(subject, None), tail)
-        yield from _judge(law, subject, replace(case, d_states=()), run, note=", 7 more behind")
+        run = _followed(call(subject, None), tail)
+        yield from judge(law, subject, replace(case, d_states=()), run, note=", 7 more behind")
 
 
 def _test_strides(law: str, subject: Subject, thorough: bool) -> Judged:
     case = cases.make(subject.variant, Extent(21, batch=2, heads=2), carried=True, seed=6)
-    yield from _judge(law, subject, case, _strided(_call(subject, None)))
+    yield from judge(law, subject, case, _strided(call(subject, None)))
 
 
 def _test_repeats(law: str, subject: Subject, thorough: bool) -> Judged:
     time = subject.variant.chunk_default + 5
     case = _to(cases.make(subject.variant, _extent(time, thorough), dtype=torch.bfloat16, carried=True, seed=7), subject.device)
-    first, second = (tensors(_call(subject, None), subject.variant, case) for _ in range(2))
+    first, second = (tensors(call(subject, None), subject.variant, case) for _ in range(2))
     for name, x in first.items():
         same = x.shape == second[name].shape and bool((x == second[name]).all())
         yield LawResult(law, str(case), name, 0.0 if same else math.inf, 0.0)
