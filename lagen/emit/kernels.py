@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lagen.emit.templates import environment
 from lagen.emit.statements import Statements, Tile
+from lagen.emit.templates import environment
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, ROW, Carry
 from lagen.ir.expr import Expr
@@ -89,7 +89,7 @@ class _Kernel:
         self, kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str, exact: frozenset[str]
     ) -> None:
         self.kernel, self.recurrence, self.states, self.heads, self.top = kernel, recurrence, states, heads, top
-        roots = [s.value for s in kernel.stores] + [x for h in kernel.holds for t in h.carry.terms for x in (t.near, t.far)]
+        roots = kernel.values
         names = recurrence.names
         if kernel.kind == "step":
             self.out: Statements = StepStatements(names, roots, states)
@@ -214,7 +214,7 @@ class _Kernel:
                 lines.append(name)
                 continue
             head = stored.head if stored else self.heads[name]
-            part = (stored.partial if stored else dict(leaf.attrs).get("partial", "")) if (stored or leaf is not None) else ""
+            part = stored.partial if stored else dict(leaf.attrs).get("partial", "") if leaf is not None else ""
             strides = [f"{name}_sb", f"{name}_st", *([f"{name}_sh"] if head else []), *([f"{name}_sp"] if part else [])]
             lines.append(", ".join([name, *strides]))
         lines += [name for name, _ in self.pointers]
@@ -554,7 +554,11 @@ class _Kernel:
                     out.loads[n.name] = n
                     shape = ", ".join({ROW: "BT"}.get(a, f"B{a}") for a in tile.axes)
                     load = single.lines[0].split(" = ", 1)[1].split("  #")[0].replace(f"p_{n.name}", f"p_{n.name} + i * {n.name}_sp", 1)
-                    out.lines += [f"{tile.text} = tl.zeros([{shape}], tl.float32)", f"for i in range(N{part}):", f"    {tile.text} += {load}"]
+                    out.lines += [
+                        f"{tile.text} = tl.zeros([{shape}], tl.float32)",
+                        f"for i in range(N{part}):",
+                        f"    {tile.text} += {load}",
+                    ]
                     out.tiles[n] = Tile(tile.text, tile.axes)
         for store in self.kernel.stores:
             if store.summed:
@@ -569,7 +573,8 @@ class _Kernel:
         axes = tuple(sorted(b.dims))
         value = out.guarded(store.value)
         full = (ROW, *axes)
-        text = f"tl.sum({out.spread(value, full) if value.axes == full else f'tl.where({out.mask(full)}, {out.spread(value, full)}, 0.0)'}, axis=0)"
+        rows = out.spread(value, full)
+        text = f"tl.sum({rows if value.axes == full else f'tl.where({out.mask(full)}, {rows}, 0.0)'}, axis=0)"
         size = " * ".join(axes)
         index = "(i_c * (tl.num_programs(0) // NC) + i_b * HV + i_hv)"
         at = f"{b.name} + {index}" + (f" * {size} + o_{axes[0].lower()}" if axes else "")

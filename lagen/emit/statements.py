@@ -433,4 +433,3 @@ class Statements:
             return self.let("b_i", text, (ROW, held.axes[1]))
         full = (ROW, *held.axes)
         return self.let("b_i", f"tl.sum({self.spread(self.guarded(r), full)} * {held.text}[None, :], axis=1)", (ROW,))
-

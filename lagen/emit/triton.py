@@ -23,8 +23,45 @@ _CALLS = {"lg_gram": ("lg_reach", "lg_decay"), "lg_mix": ("lg_reach", "lg_decay"
 """Device functions that a device function calls."""
 
 
-_RESERVED = {"B", "T", "H", "HV", "G", "BT", "DT", "NY", "NC", "NSEG", "SEG", "LEVELS", "PRECISION", "pid", "i", "i_b", "i_c", "i_h", "i_hv", "i_s"}
-_RESERVED |= {"i_y", "first", "count", "torch", "triton", "tl", "inputs", "params", "scale", "saved", "outputs", "states", "closed", "dtype", "device"}
+_RESERVED = {
+    "B",
+    "T",
+    "H",
+    "HV",
+    "G",
+    "BT",
+    "DT",
+    "NY",
+    "NC",
+    "NSEG",
+    "SEG",
+    "LEVELS",
+    "PRECISION",
+    "pid",
+    "i",
+    "i_b",
+    "i_c",
+    "i_h",
+    "i_hv",
+    "i_s",
+}
+_RESERVED |= {
+    "i_y",
+    "first",
+    "count",
+    "torch",
+    "triton",
+    "tl",
+    "inputs",
+    "params",
+    "scale",
+    "saved",
+    "outputs",
+    "states",
+    "closed",
+    "dtype",
+    "device",
+}
 
 
 def render_triton(recurrence: Recurrence, adjoint: Adjoint, tiles: Mapping[str, Mapping[str, int]] | None = None) -> str:
@@ -104,8 +141,16 @@ class _Module:
         order = [*first, *sorted(prelude - set(first))]
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
-        launch = environment().get_template("triton/launch.py.j2").render(
-            functions=functions, tight={t: dict(sorted(c.items())) for t, c in sorted(tiles.items())}, chunk=self.r.chunk_default, saves=len(self.plan.saved), segments=_printed(segments)
+        launch = (
+            environment()
+            .get_template("triton/launch.py.j2")
+            .render(
+                functions=functions,
+                tight={t: dict(sorted(c.items())) for t, c in sorted(tiles.items())},
+                chunk=self.r.chunk_default,
+                saves=len(self.plan.saved),
+                segments=_printed(segments),
+            )
         )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
 
@@ -147,7 +192,8 @@ class _Module:
         lead = [f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else []
         lead += ["B"] if step else ["B", "triton.cdiv(T, BT)" if b.per else "T"]
         heads = [] if not b.head else ["HV" if b.head == self.top else "HV // G"]
-        return f"({', '.join([*lead, *heads, *('BT' if d == COL else d for d in b.dims)])}{',' if len(lead) + len(heads) + len(b.dims) == 1 else ''})"
+        dims = ["BT" if d == COL else d for d in b.dims]
+        return f"({', '.join([*lead, *heads, *dims])},)"
 
     def dtype(self, b: Buffer) -> str:
         """Prints the dtype of a buffer."""
@@ -195,9 +241,13 @@ class _Module:
         for s in k.stores:
             b = s.buffer
             if s.summed:
-                lines.append(f"{b.name} = torch.empty((triton.cdiv(T, BT), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)")
+                lines.append(
+                    f"{b.name} = torch.empty((triton.cdiv(T, BT), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)"
+                )
             elif k.kind == "tokens" and step:
-                lines.append(f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)")
+                lines.append(
+                    f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)"
+                )
             else:
                 lines.append(f"{b.name} = torch.empty({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
         for h in k.holds:
@@ -205,20 +255,19 @@ class _Module:
                 state = self.states[h.carry.state]
                 lines.append(f"{h.sink} = torch.empty({self.state_shape(state, False)}, dtype=torch.float32, device=device)")
         for c in k.closings:
-            b = c.buffer
-            tail = [*b.dims] or ([f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else [])
-            lines.append(f"{b.name} = torch.empty((B, HV, NSEG, {', '.join(tail)}), dtype=torch.float32, device=device)")
+            tail = [*c.buffer.dims] or ([f"triton.cdiv({c.buffer.partial}, B{c.buffer.partial})"] if c.buffer.partial else [])
+            lines.append(f"{c.buffer.name} = torch.empty((B, HV, NSEG, {', '.join(tail)}), dtype=torch.float32, device=device)")
         args = []
         for name, _ in p.tensors:
-            b = next((s.buffer for s in k.stores if s.buffer.name == name), None)
+            made = next((s.buffer for s in k.stores if s.buffer.name == name), None)
             summed = any(s.summed and s.buffer.name == name for s in k.stores)
-            token = b.token if b else self.token(name)
-            value = f"{name}[:, None]" if step and k.kind == "tokens" and name in self.heads and not b else name
+            token = made.token if made else self.token(name)
+            value = f"{name}[:, None]" if step and k.kind == "tokens" and name in self.heads and not made else name
             if not token or summed:
                 args.append(name)
                 continue
-            head = b.head if b else self.heads[name]
-            partial = (b or self.buffers.get(name) or Buffer(name, head, (), True, "")).partial
+            head = made.head if made else self.heads[name]
+            partial = (made or self.buffers.get(name) or Buffer(name, head, (), True, "")).partial
             lead = 2 + bool(head)
             if partial:
                 args.append(f"{value}, *{value}.stride()[1:{lead + 1}], {value}.stride(0)")
@@ -234,7 +283,12 @@ class _Module:
             args.append("scale")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
-        grid = {"sweep": f"B * {heads} * NY" + ("" if k in self.plan.borders else " * NSEG"), "step": f"B * {heads} * NY", "tokens": f"B * {heads} * NC", "chunks": f"B * {heads} * NC" + ("" if any(s.value.op == "gram" for s in k.stores) else " * NY")}[k.kind]
+        grid = {
+            "sweep": f"B * {heads} * NY" + ("" if k in self.plan.borders else " * NSEG"),
+            "step": f"B * {heads} * NY",
+            "tokens": f"B * {heads} * NC",
+            "chunks": f"B * {heads} * NC" + ("" if any(s.value.op == "gram" for s in k.stores) else " * NY"),
+        }[k.kind]
         block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"B{k.tile}"
         tile = f"triton.cdiv({k.tile}, {block})" if k.tile else "1"
         warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1")
@@ -257,7 +311,10 @@ class _Module:
             length = "1" if step else "T"
             lines.append(f"NC = triton.cdiv({length}, BT)")
             shares = sorted({b.partial for b in self.loads(k) if b.partial})
-            args.append(f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC" + "".join(f", triton.cdiv({d}, B{d})" for d in shares))
+            args.append(
+                f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC"
+                + "".join(f", triton.cdiv({d}, B{d})" for d in shares)
+            )
         if k.kind != "step":
             args.append("BT")
         if p.dims:
@@ -280,7 +337,10 @@ class _Module:
     def keep(self, s: State, tile: str) -> list[str]:
         """Prints the copy of a state that several programs of a step read, where there are several: one of them writes it."""
         programs = ([] if tile in ("", *s.dims) else ["NY"]) + ([] if s.head == self.top else ["G" if s.head else "HV"])
-        return [f"next_{s.name} = state_{s.name}", f"state_{s.name} = state_{s.name}.clone() if {' * '.join(programs)} > 1 else state_{s.name}"]
+        return [
+            f"next_{s.name} = state_{s.name}",
+            f"state_{s.name} = state_{s.name}.clone() if {' * '.join(programs)} > 1 else state_{s.name}",
+        ]
 
     def token(self, name: str) -> bool:
         """Tells whether a tensor has batch and time."""
@@ -309,7 +369,8 @@ class _Module:
         lines: list[str] = []
         for k in self.borders(states):
             state = self.states[k.holds[0].carry.state]
-            lines.append(f"border_{state.name} = torch.empty(({', '.join(['B', *(['HV'] if self.top else []), 'NSEG', *state.dims])},), dtype=torch.float32, device=device)")
+            shape = ", ".join(["B", *(["HV"] if self.top else []), "NSEG", *state.dims])
+            lines.append(f"border_{state.name} = torch.empty(({shape},), dtype=torch.float32, device=device)")
             lines += self.launch(k, step=False)
             source = k.holds[0].source
             lines.append(f"{source.replace('initial', 'start').replace('dfinal', 'after')} = border_{state.name}")
@@ -321,7 +382,13 @@ class _Module:
 
     def cut_name(self, name: str) -> str:
         """Names what a sweep starts from: a given state, or a segment's border."""
-        return name.replace("initial_", "start_") if name.startswith("initial_") else name.replace("dfinal_", "after_") if name.startswith("dfinal_") else name
+        return (
+            name.replace("initial_", "start_")
+            if name.startswith("initial_")
+            else name.replace("dfinal_", "after_")
+            if name.startswith("dfinal_")
+            else name
+        )
 
     def flag(self, name: str) -> str:
         """Prints whether a state's pointer is there."""
@@ -342,7 +409,11 @@ class _Module:
         """Prints triton_forward."""
         self.done = done
         causal = all(s.causal for s in self.r.states)
-        lines = self.sizes(step=False) + self.tiles([*self.borders(self.r.states), *self.plan.forward], "forward") + self.segments(self.plan.forward, "False")
+        lines = (
+            self.sizes(step=False)
+            + self.tiles([*self.borders(self.r.states), *self.plan.forward], "forward")
+            + self.segments(self.plan.forward, "False")
+        )
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += [f"start_{s.name} = initial_{s.name}" for s in self.r.states]
         for s in self.r.states:
@@ -365,7 +436,11 @@ class _Module:
         self.done = done
         gated = any(k.closings for k in self.plan.backward)
         exact = "dtype == torch.float32" if gated else "False"
-        lines = self.sizes(step=False) + self.tiles([*self.plan.borders, *self.plan.backward], "backward") + self.segments(self.plan.backward, exact)
+        lines = (
+            self.sizes(step=False)
+            + self.tiles([*self.plan.borders, *self.plan.backward], "backward")
+            + self.segments(self.plan.backward, exact)
+        )
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
         lines += [f"start_{s.name}, after_{s.name} = initial_{s.name}, dfinal_{s.name}" for s in self.r.states]
@@ -388,8 +463,8 @@ class _Module:
                 lines += self.cut(tuple(self.states.values()))
                 cut = True
             lines += self.launch(k, step=False)
-        grads, params = [], []
-        torch_made = {s.buffer.name for k in self.plan.backward if k.kind == "torch" for s in k.stores}
+        grads: list[str] = []
+        params: list[str] = []
         for t in self.tensors:
             name = f"d{t.name}"
             if not t.token:
@@ -397,10 +472,11 @@ class _Module:
             axis = 2 if t.token else 0
             lines += self.narrow(name, t.head, axis, f"{t.name}.dtype")
             (grads if t.token else params).append(name)
-        del torch_made
         initial = []
         for s in self.r.states:
-            lines += [f"if dinitial_{s.name} is not None:"] + [f"    {x}" for x in self.narrow(f"dinitial_{s.name}", s.head, 1, "torch.float32")]
+            lines += [f"if dinitial_{s.name} is not None:"] + [
+                f"    {x}" for x in self.narrow(f"dinitial_{s.name}", s.head, 1, "torch.float32")
+            ]
             if lines[-1].startswith("if "):
                 lines.pop()
             initial.append(f"dinitial_{s.name}")

@@ -20,6 +20,10 @@ HEADS = ("", "H", "HV")
 """Head dims in order of width: an expression is on the widest of its operands'."""
 
 
+LEAVES = ("input", "param", "stored")
+"""Ops that are loaded from a tensor."""
+
+
 class ExprTypeError(Exception):
     """Says, in the user's words, why an expression has no type."""
 

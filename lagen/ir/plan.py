@@ -10,9 +10,10 @@ Who makes it: passes/plan. Who reads it: passes/schedule, emit/, explain.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from lagen.ir.chunk import Carry
+from lagen.ir.chunk import Carry, Term
 from lagen.ir.expr import Expr, show
 from lagen.ir.recurrence import State
 
@@ -82,6 +83,28 @@ class Kernel:
     reverse: bool = False
     holds: tuple[Hold, ...] = ()
     closings: tuple[Closing, ...] = ()
+
+    @property
+    def values(self) -> list[Expr]:
+        """Lists what the kernel computes: what it stores, and what its carries take."""
+        carries = [h.carry for h in self.holds]
+        terms = [x for c in carries for t in c.terms for x in (t.near, t.far)]
+        return [s.value for s in self.stores] + terms + [f for c in carries for f in c.factors]
+
+    def map(self, f: Callable[[Expr], Expr]) -> Kernel:
+        """Returns the kernel with ``f`` applied to every value."""
+        holds = tuple(
+            replace(
+                h,
+                carry=replace(
+                    h.carry,
+                    factors=tuple(map(f, h.carry.factors)),
+                    terms=tuple(Term(f(t.near), f(t.far)) for t in h.carry.terms),
+                ),
+            )
+            for h in self.holds
+        )
+        return replace(self, stores=tuple(replace(s, value=f(s.value)) for s in self.stores), holds=holds)
 
     def __str__(self) -> str:
         way = "reverse " if self.reverse else ""

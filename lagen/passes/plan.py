@@ -15,21 +15,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from lagen.ir import expr as E
-from lagen.ir.expr import Expr, walk
+from lagen.ir.chunk import Carry
+from lagen.ir.expr import LEAVES, Expr, walk
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings
-from lagen.ir.scalar import FUNCTIONS
-from lagen.ir.chunk import TILE_OPS, Carry
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.simplify import addends, factor, simplify
+from lagen.passes.whole_decay import load, others, stored, take_out
 
 ROWS = ("contract", "sum", "mean", "rowmax")
 SIZED = ("concat", "taylor2", "quad", "rename", "part", "untaylor2", "unquad", "outer")
 CORE = ("readout", "suffix")
-LEAVES = ("input", "param", "stored")
 Key = tuple[bool, str]
 """A sweep: reversed or not, and the dim on the grid."""
 
@@ -80,17 +79,18 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states},
         given=core.states,
     )
-    chunked = _chunked("forward", sweeps, head, taken)
-    decayed = _stored(chunked)
-    reverse = tuple(_load(k, decayed) for k in reverse)
-    undone = _chunked("backward", reverse, head, taken)
+    chunked = take_out("forward", sweeps, head, taken)
+    decayed = stored(chunked)
+    reverse = tuple(load(k, decayed) for k in reverse)
+    undone = take_out("backward", reverse, head, taken)
     # what the forward stores beyond its pair sums serves the backward too
-    kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*_values(k))) for k in (*reverse, *undone))]
-    borders = tuple(_load(_load(_border(s), decayed), _stored(undone)) for s in core.states + back.states)
+    kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in (*reverse, *undone))]
+    first = _tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
+    borders = tuple(load(load(_border(s), decayed), stored(undone)) for s in core.states + back.states)
     return Plan(
         recurrence.name,
-        (*prepare, *(_load(k, _others(decayed, k)) for k in chunked), *(_load(k, decayed) for k in sweeps)),
-        (*_tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take"), *undone, *(_load(k, _stored(undone)) for k in reverse)),
+        (*prepare, *(load(k, others(decayed, k)) for k in chunked), *(load(k, decayed) for k in sweeps)),
+        (*first, *undone, *(load(k, stored(undone)) for k in reverse)),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
         (*prepared.values(), *kept.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
@@ -176,12 +176,15 @@ def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Bu
     after = {n for _, e in recurrence.outputs for n in walk(e) if n.op == "readout" or any(True for _ in E.reads(n, "readout"))}
     wanted: list[Expr] = []
 
-    def visit(root: Expr) -> None:
-        E.rewrite(root, lambda n: (wanted.append(n), n)[1] if n in after else None)
+    def visit(n: Expr) -> Expr | None:
+        if n not in after:
+            return None
+        wanted.append(n)
+        return n
 
     roots = [x for s in adjoint.states for w in s.writes for x in (w.row, w.col)] + [e for _, e in adjoint.gradients]
-    for r in roots:
-        visit(r)
+    for root in roots:
+        E.rewrite(root, visit)
     # a strict readout that the forward happens to have too is not "after": the backward's sweep computes it in passing
     outputs = {e: name for name, e in recurrence.outputs}
     chosen = cut(
@@ -224,102 +227,6 @@ def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, .
     free = [d for s in recurrence.states for d in s.dims if d not in summed]
     stores = tuple(Store(outputs[name], e) for name, e in recurrence.outputs)
     return (Kernel("step", "step", stores, "one token, states in place", free[0] if free else ""),)
-
-
-# ---- decays on a whole dim ------------------------------------------------------------------------------------------------------
-
-
-def _values(k: Kernel) -> list[Expr]:
-    """Lists what a kernel computes: stores, and what its carries take."""
-    return [s.value for s in k.stores] + [x for h in k.holds for t in h.carry.terms for x in (t.near, t.far)] + [f for h in k.holds for f in h.carry.factors]
-
-
-def _gate(n: Expr) -> Expr | None:
-    """Returns the vector decay that a value puts on a chunk and that makes it worth storing; None for any other value.
-
-    Those are pair scores and pair sums under decay (log2(C) matmuls), vectors under decay, and a whole chunk's decay.
-    """
-    if n.op == "gram" and len(n.args) == 3:
-        return n.args[2]
-    if n.op == "mix" and len(n.args) == 4:
-        return n.args[3]
-    if n.op == "whole" and n.dims:
-        return n.args[0]
-    if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in (*LEAVES, "lead", *FUNCTIONS):
-        return None if any(x.op in TILE_OPS for x in walk(n.args[0])) else n.args[1].args[0]
-    return None
-
-
-_STEMS = {"gram": "scores", "mix": "pairs", "whole": "decay"}
-
-
-def _chunked(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> tuple[Kernel, ...]:
-    """Makes a launch for each vector decay that acts between pairs: what it makes of a chunk is computed once, not in every tile."""
-    between = dict.fromkeys(_gate(n) for k in sweeps for n in walk(*_values(k)) if n.op in ("gram", "mix"))
-    stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
-    for n in dict.fromkeys(n for k in sweeps for n in walk(*_values(k))):
-        gate = _gate(n)
-        if gate is None or gate not in stores:
-            continue
-        stem = _STEMS.get(n.op) or f"{n.args[0].name or 'x'}_{n.args[1].op}"
-        name = next(x for i in range(99) if (x := f"{stem}_{gate.dims[0].lower()}" + (str(i) if i else "")) not in taken)
-        taken.add(name)
-        dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
-        stores[gate].append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
-    # pair sums last: they may take pair scores that another decay's launch stored
-    out = []
-    for g, found in sorted(stores.items(), key=lambda x: any(s.value.op == "mix" for s in x[1])):
-        for i, group in enumerate(_launches(found)):
-            name = f"{pass_}_chunks_{g.dims[0]}".lower() + (str(i) if i else "")
-            out.append(Kernel(name, "chunks", group, f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0]))
-    return tuple(out)
-
-
-def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
-    """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
-    groups: list[list[Store]] = [[s for s in stores if s.value.op == "gram"]]
-    for s in stores:
-        if s.value.op == "gram":
-            continue
-        grown = [*groups[-1], s]
-        pairs = sum(x.value.op == "mix" for x in grown)
-        operands = {n for n in walk(*(x.value for x in grown)) if n.op in LEAVES and n.dims}
-        if pairs and (pairs > 2 or len(operands) > 5) and groups[-1]:
-            groups.append([s])
-        else:
-            groups[-1] = grown
-    return [tuple(g) for g in groups if g]
-
-
-def _stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
-    """Returns what kernels store, by value."""
-    return {s.value: s.buffer for k in kernels for s in k.stores}
-
-
-def _others(stored: dict[Expr, Buffer], k: Kernel) -> dict[Expr, Buffer]:
-    """Leaves out what ``k`` stores itself."""
-    return {n: b for n, b in stored.items() if b not in [s.buffer for s in k.stores]}
-
-
-def _load(k: Kernel, stored: dict[Expr, Buffer]) -> Kernel:
-    """Lets a kernel load what is stored instead of computing it."""
-    table = {n: b.leaf for n, b in stored.items()}
-
-    def swap(e: Expr) -> Expr:
-        return E.substitute(e, table)
-
-    holds = tuple(
-        replace(
-            h,
-            carry=replace(
-                h.carry,
-                factors=tuple(map(swap, h.carry.factors)),
-                terms=tuple(replace(t, near=swap(t.near), far=swap(t.far)) for t in h.carry.terms),
-            ),
-        )
-        for h in k.holds
-    )
-    return replace(k, stores=tuple(replace(s, value=swap(s.value)) for s in k.stores), holds=holds)
 
 
 # ---- one pass -------------------------------------------------------------------------------------------------------------------
@@ -421,6 +328,15 @@ class _Pass:
             self.temps[e] = buffer.leaf
         return self.temps[e]
 
+    def kind(self, e: Expr) -> object:
+        """Tells which sweep could store ``e``, and whether whole or in shares; an addend that none could is a kind of its own."""
+        for key in self.keys(e) if len(self.keys(e)) == 1 else ():
+            if self.clean(e, key):
+                return key, "whole"
+            if self.partial(e, key):
+                return key, "shares"
+        return e
+
     def frontier(self, e: Expr, dtype: str) -> Expr:
         """Rewrites ``e`` over what sweeps store, as much of it as they can compute."""
         keys = self.keys(e)
@@ -434,10 +350,7 @@ class _Pass:
         if len(terms) > 1:
             groups: dict[object, list[Expr]] = {}
             for t in terms:
-                mine = self.keys(t)
-                key = next(iter(mine)) if len(mine) == 1 else None
-                sort = None if key is None else "clean" if self.clean(t, key) else "partial" if self.partial(t, key) else None
-                groups.setdefault((key, sort) if sort else t, []).append(t)
+                groups.setdefault(self.kind(t), []).append(t)
             if len(groups) > 1:
                 return E.add(*(self.frontier(E.add(*g), dtype) for g in groups.values()))
         return E.rebuild(e, tuple(self.frontier(a, dtype) for a in e.args))

@@ -11,9 +11,8 @@ _OPERANDS = 8
 
 def widest_tile(k: Kernel) -> int:
     """Returns the widest tile of a kernel's grid dim, judged by the matrices it has in flight."""
-    values = [s.value for s in k.stores] + [x for h in k.holds for t in h.carry.terms for x in (t.near, t.far)]
-    operands = {n for n in walk(*values) if n.op in ("input", "stored") and n.dims}
+    operands = {n for n in walk(*k.values) if n.op in ("input", "stored") and n.dims}
     if k.kind == "chunks":  # pair sums of both kinds of read keep two sets of exponents
-        return 32 if len({n.attr("prev") for n in walk(*values) if n.op == "mix"}) <= 1 else 16
+        return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op == "mix"}) <= 1 else 16
     matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds)
     return 64 if matrices <= 1 and len(operands) <= _OPERANDS else 32

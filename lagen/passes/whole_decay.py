@@ -1,0 +1,85 @@
+"""Takes vector decays on a whole dim out of the sweeps: what such a decay makes of a chunk is computed once and stored.
+
+Pair scores and pair sums under a decay of their vectors' dim cost log2(C) matmuls; vectors under decay cost exponents. Inside a sweep
+every tile would repeat them, and they would spill. So a launch of their own, parallel over chunks, stores them; sweeps load.
+"""
+
+from __future__ import annotations
+
+from lagen.ir.chunk import TILE_OPS
+from lagen.ir.expr import LEAVES, Expr, substitute, walk
+from lagen.ir.plan import Buffer, Kernel, Store
+from lagen.ir.scalar import FUNCTIONS
+
+
+def _gate(n: Expr) -> Expr | None:
+    """Returns the vector decay that a value puts on a chunk and that makes it worth storing; None for any other value.
+
+    Those are pair scores and pair sums under decay (log2(C) matmuls), vectors under decay, and a whole chunk's decay.
+    """
+    if n.op == "gram" and len(n.args) == 3:
+        return n.args[2]
+    if n.op == "mix" and len(n.args) == 4:
+        return n.args[3]
+    if n.op == "whole" and n.dims:
+        return n.args[0]
+    if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in (*LEAVES, "lead", *FUNCTIONS):
+        return None if any(x.op in TILE_OPS for x in walk(n.args[0])) else n.args[1].args[0]
+    return None
+
+
+_STEMS = {"gram": "scores", "mix": "pairs", "whole": "decay"}
+
+
+def take_out(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> tuple[Kernel, ...]:
+    """Makes a launch for each vector decay that acts between pairs: what it makes of a chunk is computed once, not in every tile."""
+    between = dict.fromkeys(_gate(n) for k in sweeps for n in walk(*k.values) if n.op in ("gram", "mix"))
+    stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
+    for n in dict.fromkeys(n for k in sweeps for n in walk(*k.values)):
+        gate = _gate(n)
+        if gate is None or gate not in stores:
+            continue
+        stem = _STEMS.get(n.op) or f"{n.args[0].name or 'x'}_{n.args[1].op}"
+        name = next(x for i in range(99) if (x := f"{stem}_{gate.dims[0].lower()}" + (str(i) if i else "")) not in taken)
+        taken.add(name)
+        dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
+        stores[gate].append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
+    # pair sums last: they may take pair scores that another decay's launch stored
+    out = []
+    for g, found in sorted(stores.items(), key=lambda x: any(s.value.op == "mix" for s in x[1])):
+        for i, group in enumerate(_launches(found)):
+            name = f"{pass_}_chunks_{g.dims[0]}".lower() + (str(i) if i else "")
+            out.append(Kernel(name, "chunks", group, f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0]))
+    return tuple(out)
+
+
+def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
+    """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
+    groups: list[list[Store]] = [[s for s in stores if s.value.op == "gram"]]
+    for s in stores:
+        if s.value.op == "gram":
+            continue
+        grown = [*groups[-1], s]
+        pairs = sum(x.value.op == "mix" for x in grown)
+        operands = {n for n in walk(*(x.value for x in grown)) if n.op in LEAVES and n.dims}
+        if pairs and (pairs > 2 or len(operands) > 5) and groups[-1]:
+            groups.append([s])
+        else:
+            groups[-1] = grown
+    return [tuple(g) for g in groups if g]
+
+
+def stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
+    """Returns what kernels store, by value."""
+    return {s.value: s.buffer for k in kernels for s in k.stores}
+
+
+def others(stored: dict[Expr, Buffer], k: Kernel) -> dict[Expr, Buffer]:
+    """Leaves out what ``k`` stores itself."""
+    return {n: b for n, b in stored.items() if b not in [s.buffer for s in k.stores]}
+
+
+def load(k: Kernel, stored: dict[Expr, Buffer]) -> Kernel:
+    """Lets a kernel load what is stored instead of computing it."""
+    table = {n: b.leaf for n, b in stored.items()}
+    return k.map(lambda e: substitute(e, table))
