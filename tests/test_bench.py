@@ -35,7 +35,7 @@ def test_the_slope_is_the_exponent_of_time_in_length() -> None:
 
 
 def test_everyone_is_timed_at_every_length_in_both_passes() -> None:
-    report = bench(lagen.load(VARIANT), VARIANT, (32, 64), heads=2, size=16, repeats=2)
+    report = bench(lagen.load(VARIANT, printed=("cpp",)), VARIANT, (32, 64), heads=2, size=16, repeats=2)
     assert {(t.who, t.of, t.tokens) for t in report.timings} == {
         (w, of, t) for w in ("lagen", "sdpa", "torch") for of in PASSES for t in (32, 64)
     }
@@ -50,7 +50,7 @@ def test_a_peer_whose_numbers_disagree_is_not_timed(monkeypatch: pytest.MonkeyPa
         return plain(q, k, v, is_causal=is_causal) * 1.01
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", off)
-    report = bench(lagen.load(VARIANT), VARIANT, (32,), heads=1, size=8, repeats=1)
+    report = bench(lagen.load(VARIANT, printed=("cpp",)), VARIANT, (32,), heads=1, size=8, repeats=1)
     assert {t.who for t in report.timings} == {"lagen", "torch"}
     assert report.left_out == ("sdpa: its numbers do not agree with float64",)
 
@@ -58,7 +58,7 @@ def test_a_peer_whose_numbers_disagree_is_not_timed(monkeypatch: pytest.MonkeyPa
 def test_an_operator_of_another_variant_is_not_timed() -> None:
     other = replace(VARIANT, outputs=tuple(replace(o, expr=lagen.ir.expr.neg(o.expr)) for o in VARIANT.outputs))
     with pytest.raises(ValueError, match="does not agree"):
-        bench(lagen.load(VARIANT), other, (16,), heads=1, size=8, repeats=1)
+        bench(lagen.load(VARIANT, printed=("cpp",)), other, (16,), heads=1, size=8, repeats=1)
 
 
 def test_an_unknown_peer_is_named() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import lagen
 from lagen import data
 from lagen.emit.cpp import fallback, render_cpp, whole
-from lagen.emit.cpp_plan import Fallback, Sweep, plan_backward, plan_forward
+from lagen.emit.cpp_plan import Fallback, Sweep, plan_backward, plan_forward, split_dim
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
 from lagen.passes.simplify import simplify
@@ -93,7 +93,7 @@ def agree(op: Operator, variant: lagen.ir.variant.Variant, case: Case, limit: fl
 def loaded(name: str) -> tuple[Operator, lagen.ir.variant.Variant]:
     """Loads a shipped spec, or BY_VALUE."""
     variant = read_text(BY_VALUE, "by_value.yaml") if name == "by_value" else read(data.spec(name))
-    return lagen.load(variant), variant
+    return lagen.load(variant, printed=("cpp",)), variant
 
 
 # ---- meaning --------------------------------------------------------------------------------------------------------------------
@@ -192,6 +192,28 @@ def test_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(alone[n], together[n]) for n in alone)
+
+
+@pytest.mark.parametrize("name", ["gla", "linear_attention", "rwkv6", "mamba2"])
+def test_threads_that_share_a_head_agree(name: str) -> None:
+    op, variant = loaded(name)
+    before = torch.get_num_threads()
+    try:
+        for dims in ((("K", 13), ("V", 50)), (("K", 20), ("V", 7))):
+            case = make(variant, Extent(37, batch=1, heads=1, group=1, dims=dims), carried=True)
+            torch.set_num_threads(1)
+            alone = op(*case.inputs, *case.params, initial_state=case.initial_states, backend="cpp")
+            torch.set_num_threads(3)
+            assert torch.equal(op(*case.inputs, *case.params, initial_state=case.initial_states, backend="cpp"), alone)
+            agree(op, variant, case, gradients=5e-5 if name == "mamba2" else 1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_mixes_the_values_is_not_split() -> None:
+    mixing = BY_VALUE.replace("o: scale * (q @ S[t])", "o: l2norm(scale * (q @ S[t]))")
+    split = [split_dim(r, p) for r, _ in (compiled(BY_VALUE), compiled(mixing)) if not isinstance(p := plan_forward(r), Fallback)]
+    assert split == ["V", ""]
 
 
 def test_a_call_releases_the_interpreter_lock() -> None:

@@ -25,6 +25,7 @@ from lagen.emit.cpp_plan import (
     Sweep,
     plan_backward,
     plan_forward,
+    split_dim,
 )
 from lagen.ir.expr import Expr, number
 from lagen.ir.recurrence import Adjoint, Recurrence
@@ -50,6 +51,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
     if isinstance(backward, Fallback):
         return backward
     present = [n for n, _ in backward.sinks]
+    split = split_dim(recurrence, forward)
     return _fill(
         "operator.cpp.j2",
         name=recurrence.name,
@@ -61,6 +63,8 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         states=[s.name for s in recurrence.states],
         outputs=[n for n, _ in recurrence.outputs],
         causal=all(s.causal for s in recurrence.states),
+        split=split,
+        split_index=_dims(recurrence).index(split) if split else -1,
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
         directions=[_Printer(recurrence, forward, "forward").printed(), _Printer(recurrence, backward, "backward").printed()],
         step=_Printer(recurrence, forward, "step").printed() if in_place(forward) else None,
@@ -154,6 +158,11 @@ def _literal(value: float) -> str:
 
 def _size(dim: str) -> str:
     return f"z.size_{dim}" if dim else "1"
+
+
+def _step(s: Sweep) -> str:
+    """Prints the stride of a matrix state's first dim in memory."""
+    return f"z.full_{s.state.dims[1]}"
 
 
 def _pad(dim: str) -> str:
@@ -339,7 +348,7 @@ class _Printer:
         given = f"c.d_final_{s.state.of}.own_state(b, h)" if self.is_adjoint(s) else f"c.initial_{name}.state(b, h)"
         given = given if s.state.causal else "nullptr"
         init = f"{s.state.init!r}f"
-        return f"w.{s.label}.load({given}, {init}, {self.is_first(s)});" if s.rows else f"w.{s.label}.load({given}, {init});"
+        return f"w.{s.label}.load({given}, {init}, {self.is_first(s)}, {_step(s)});" if s.rows else f"w.{s.label}.load({given}, {init});"
 
     def is_adjoint(self, s: Sweep) -> bool:
         """Tells whether a sweep walks a state of the adjoint."""
@@ -351,7 +360,7 @@ class _Printer:
         if self.direction == "step":
             return f"w.{s.label}.store(c.initial_{s.state.name}.state(b, h));"
         target = f"c.d_initial_{s.state.of}" if self.direction == "backward" else f"c.final_{s.state.name}"
-        first = f", {self.is_first(s)}" if s.rows else ""
+        first = f", {self.is_first(s)}, {_step(s)}" if s.rows else ""
         return f"if (float* to = {target}.own_state(b, h)) w.{s.label}.store(to{first});"
 
     def finish(self) -> list[str]:
@@ -385,7 +394,7 @@ class _Printer:
         if node.op == "const":
             return _literal(node.value)
         if node.op == "size":
-            return f"splat((float){_size(node.name)})"
+            return f"splat((float)z.full_{node.name})"
         if node.op == "scale":
             return "splat(z.scale)"
         name = self.names[node]
@@ -489,7 +498,7 @@ class _Printer:
             if swept == s:
                 on = "NUMBER" if not node.dims else "ROW" if node.dims == row else "LANE"
                 name = s.state.name
-                first = f" {self.is_first(s)}," if s.rows else ""
+                first = f" {self.is_first(s)}, {_step(s)}," if s.rows else ""
                 assert s.decay[index].dims == node.dims, f"{node} closes another decay of {name}"
                 lines.append("  if (t0 + 1 == z.T)")
                 given = f"if (const float* d = c.d_final_{name}.own_state(b, h))"

@@ -378,6 +378,27 @@ def _row(x: Expr, dims: tuple[str, ...], token: bool = False) -> Expr:
     return Expr("expand", (x,), dims=dims, head=x.head, token=x.token or token)
 
 
+def split_dim(recurrence: Recurrence, forward: Program) -> str:
+    """Returns the dim whose slices are computed each by itself, so that threads can share a head; "" where there is none.
+
+    It is the one dim of all outputs, and nothing in forward sums over it. Then every gradient without it is a sum over slices.
+    """
+    spanned = {e.dims for _, e in recurrence.outputs}
+    dim = spanned.pop()[0] if len(spanned) == 1 and all(spanned) else ""
+    if not dim or dim in dict(recurrence.sizes) or any(n.name == dim for _, e in recurrence.sizes for n in walk(e)):
+        return ""
+    for step in (*forward.once, *(s for p in forward.passes for s in p.steps)):
+        if isinstance(step, Loop):
+            mixed = any(n.op in REDUCTIONS and home(n) == dim for n in step.nodes)
+        elif isinstance(step, Sweep):
+            mixed = step.rows == dim
+        else:
+            mixed = dim in {d for n in (step.node, *step.node.args) for d in n.dims}
+        if mixed:
+            return ""
+    return dim
+
+
 def home(node: Expr) -> str:
     """Returns the dim of the loop that computes ``node``: a reduction belongs to its operand's."""
     return node.attr("dim") if node.op in REDUCTIONS else (node.dims or ("",))[0]

@@ -34,7 +34,8 @@ BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 INCLUDE = '#include "_sweeps.h"\n'
 SMALL = 1 << 18  # state entries of a step that one thread takes alone
-NO_TENSOR = (0, 0, 0, 0, 0, 1)
+NO_TENSOR = (0, 0, 0, 0, 0, 1, 0)
+LANES = 16  # slices are whole vectors of the widest machine
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,29 @@ class StepPlan:
     shapes: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class Split:
+    """Slices of one dim that are computed each by itself: how many, and how wide."""
+
+    dim: str
+    parts: int
+    width: int
+
+    def stride(self, a: Argument, sizes: dict[str, int]) -> int:
+        """Returns the stride from slice to slice of a tensor that is shared by all of them where it lacks the dim."""
+        if self.dim not in a.dims:
+            return 0
+        return self.width * math.prod(sizes[d] for d in a.dims[a.dims.index(self.dim) + 1 :])
+
+    def once(self, a: Argument, sizes: dict[str, int]) -> int:
+        """Returns the same for a tensor that only the first slice may touch where it lacks the dim."""
+        return self.stride(a, sizes) or -1
+
+    def lead(self, a: Argument) -> tuple[int, ...]:
+        """Returns the dims in front of a gradient: one row a slice where it lacks the dim."""
+        return (self.parts,) if self.parts > 1 and self.dim not in a.dims else ()
+
+
 class CppBackend:
     """One variant's generated C++: forward, backward and step over tuples of tensors, as the operator calls them.
 
@@ -181,7 +205,18 @@ class CppBackend:
     def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float) -> list[int]:
         """Returns the words in front of a call: sizes, threads and scale."""
         bits = struct.unpack("q", struct.pack("d", scale))[0]
-        return [batch, time, sizes[self.heads], threads(), bits, *(sizes[d] for d in self.dims)]
+        return [batch, time, sizes[self.heads], threads(), 1, 0, bits, *(sizes[d] for d in self.dims)]
+
+    def share(self, library: ctypes.CDLL, sizes: dict[str, int], batch: int) -> Split:
+        """Returns how threads share a head where there are fewer heads than threads."""
+        index = ctypes.c_int64.in_dll(library, "lagen_split").value
+        wanted = -(-threads() // max(1, batch * sizes[self.heads]))
+        if index < 0 or wanted < 2:
+            return Split("", 1, 0)
+        size = sizes[self.dims[index]]
+        vectors = -(-size // LANES)
+        width = -(-vectors // wanted) * LANES
+        return Split(self.dims[index], -(-size // width), width)
 
     def run(self, name: str, words: Sequence[int]) -> None:
         """Calls into the shared object; raises MemoryError where it lacks memory."""
@@ -196,28 +231,35 @@ class CppBackend:
     ) -> tuple[Tensors, Tensors | None, Tensors]:
         """Computes outputs and final states."""
         first = inputs[0]
-        if not first.is_cpu or self.library() is None:
+        library = self.library() if first.is_cpu else None
+        if library is None:
             return self.fallback[0](inputs, params, scale, initial_states, output_final_state)  # type: ignore[return-value]
         spec, (batch, time) = self.spec, first.shape[:2]
         sizes = self.measure(inputs, params, 2)
         heads = sizes[self.heads]
         held: list[Tensor] = []
         words = self.head_words(sizes, batch, time, scale)
+        split = self.share(library, sizes, batch)
+        words[4:6] = (split.parts, split.width)
         for a, x in zip(spec.inputs, inputs, strict=True):
-            words += _words(a, x, heads, sizes, 2, held)
+            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes))
         for a, x in zip(spec.params, params, strict=True):
-            words += _words(a, x, heads, sizes, 0, held)
+            words += _words(a, x, heads, sizes, 0, held, split.stride(a, sizes))
         outputs = tuple(first.new_empty(batch, time, *(sizes[d] for d in o.shape())) for o in spec.outputs)
         for a, x in zip(spec.outputs, outputs, strict=True):
-            words += _words(a, x, heads, sizes, 2, held)
+            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes))
         finals = (
             tuple(first.new_empty(batch, *(sizes[d] for d in s.shape()), dtype=torch.float32) for s in spec.states)
             if output_final_state
             else None
         )
         for i, a in enumerate(spec.states):
-            words += NO_TENSOR if initial_states is None else _words(a, initial_states[i].contiguous(), heads, sizes, 1, held)
-            words += NO_TENSOR if finals is None else _words(a, finals[i], heads, sizes, 1, held)
+            words += (
+                NO_TENSOR
+                if initial_states is None
+                else _words(a, initial_states[i].contiguous(), heads, sizes, 1, held, split.stride(a, sizes))
+            )
+            words += NO_TENSOR if finals is None else _words(a, finals[i], heads, sizes, 1, held, split.once(a, sizes))
         self.run("lagen_forward", words)
         return outputs, finals, ()
 
@@ -246,40 +288,53 @@ class CppBackend:
         held: list[Tensor] = []
         absent = ctypes.c_int64.in_dll(library, "lagen_absent").value
         words = self.head_words(sizes, batch, time, scale)
+        split = self.share(library, sizes, batch)
+        words[4:6] = (split.parts, split.width)
         gradients: list[Tensor | None] = []
         for i, (a, x) in enumerate(zip(spec.inputs + spec.params, inputs + params, strict=True)):
             token = i < len(inputs)
-            words += _words(a, x, heads, sizes, 2 if token else 0, held)
+            words += _words(a, x, heads, sizes, 2 if token else 0, held, split.stride(a, sizes))
             if absent >> i & 1:
                 gradients.append(None)
                 words += NO_TENSOR
                 continue
             lead = (batch, time) if token else (batch,)
-            shared = sizes[a.head] != heads or not token
-            shape = (*lead, *((heads,) if shared else (sizes[a.head],) if a.head else ()), *(sizes[d] for d in a.dims))
+            front = split.lead(a)
+            shared = sizes[a.head] != heads or not token or bool(front)
+            shape = (*front, *lead, *((heads,) if shared else (sizes[a.head],) if a.head else ()), *(sizes[d] for d in a.dims))
             d = x.new_empty(shape, dtype=torch.float32 if shared else x.dtype)
             gradients.append(d)
-            words += _words(a, d, heads, sizes, len(lead), held, wide=shared)
+            one, stride = (d[0], d[0].numel()) if front else (d, split.stride(a, sizes))
+            words += _words(a, one, heads, sizes, len(lead), held, stride, wide=shared)
         for a, x in zip(spec.outputs, d_outputs, strict=True):
-            words += _words(a, x, heads, sizes, 2, held)
+            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes))
         d_initial: list[Tensor] = []
         for i, a in enumerate(spec.states):
             if initial_states is None:
                 words += (*NO_TENSOR, *NO_TENSOR)
             else:
-                words += _words(a, initial_states[i].contiguous(), heads, sizes, 1, held)
-                d = first.new_empty((batch, heads, *(sizes[d] for d in a.dims)), dtype=torch.float32)
+                words += _words(a, initial_states[i].contiguous(), heads, sizes, 1, held, split.stride(a, sizes))
+                front = split.lead(a)
+                d = first.new_empty((*front, batch, heads, *(sizes[d] for d in a.dims)), dtype=torch.float32)
                 d_initial.append(d)
-                words += _words(a, d, heads, sizes, 1, held, wide=True)
-            words += NO_TENSOR if d_final_states is None else _words(a, d_final_states[i].contiguous(), heads, sizes, 1, held)
+                one, stride = (d[0], d[0].numel()) if front else (d, split.stride(a, sizes))
+                words += _words(a, one, heads, sizes, 1, held, stride, wide=True)
+            words += (
+                NO_TENSOR
+                if d_final_states is None
+                else _words(a, d_final_states[i].contiguous(), heads, sizes, 1, held, split.once(a, sizes))
+            )
         self.run("lagen_backward", words)
         n = len(inputs)
+        given = spec.inputs + spec.params
+        gradients = [d.sum(0) if d is not None and split.lead(a) else d for a, d in zip(given, gradients, strict=True)]
         d_inputs = tuple(_share(a, x, d, sizes, 2) for a, x, d in zip(spec.inputs, inputs, gradients[:n], strict=True))
         d_params = tuple(
             _share(a, x, d if d is None else d.sum(0), sizes, 0) for a, x, d in zip(spec.params, params, gradients[n:], strict=True)
         )
         if initial_states is None:
             return d_inputs, d_params, None
+        d_initial = [d.sum(0) if split.lead(a) else d for a, d in zip(spec.states, d_initial, strict=True)]
         return d_inputs, d_params, tuple(_share(a, x, d, sizes, 1) for a, x, d in zip(spec.states, initial_states, d_initial, strict=True))
 
     def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
@@ -327,8 +382,10 @@ class CppBackend:
         return StepPlan(array.array("q", words), tuple(slots), shapes)
 
 
-def _words(a: Argument, x: Tensor, heads: int, sizes: dict[str, int], lead: int, held: list[Tensor], wide: bool = False) -> Sequence[int]:
-    """Describes a tensor: address, dtype, strides of batch, time and head, heads of the loop that share one of its own.
+def _words(
+    a: Argument, x: Tensor, heads: int, sizes: dict[str, int], lead: int, held: list[Tensor], part: int = 0, wide: bool = False
+) -> Sequence[int]:
+    """Describes a tensor: address, dtype, strides of batch, time and head, heads of the loop that share one of its own, stride of slices.
 
     ``lead`` counts the dims before the head (batch and time, batch, none); ``wide`` tells that it has a row for every head of the loop.
     """
@@ -340,7 +397,7 @@ def _words(a: Argument, x: Tensor, heads: int, sizes: dict[str, int], lead: int,
     time = strides[1] if lead == 2 else 0
     own = heads if wide else sizes[a.head]
     head = strides[lead] if wide or a.head else 0
-    return (x.data_ptr(), CODES[x.dtype], batch, time, head, heads // own if own else 1)
+    return (x.data_ptr(), CODES[x.dtype], batch, time, head, heads // own if own else 1, part)
 
 
 def _share(a: Argument, x: Tensor, d: Tensor | None, sizes: dict[str, int], lead: int) -> Tensor:
