@@ -158,13 +158,20 @@ def schema() -> None:
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The package's folder.")
 @click.option("--force", is_flag=True, help="Build over a folder that lagen did not write.")
 @click.option("--strict", is_flag=True, help="Refuse what is only warned of.")
-def build(paths: list[Path], out: Path, force: bool, strict: bool) -> None:
+@click.option("--target", type=click.Choice(["cpu"]), help="Compile the CPU's C++ into the cache now, not at the first call.")
+def build(paths: list[Path], out: Path, force: bool, strict: bool, target: str | None) -> None:
     """Write an importable package with one operator a spec."""
     from lagen.runtime.build import build as write_package
 
     variants = [_read(path, strict, tell=True) for path in paths]
     for written in write_package(variants, out, force=force):
         click.echo(f"wrote {written}")
+    if target:
+        from lagen.runtime.prebuild import prebuild
+
+        for variant in variants:
+            made = prebuild(variant)
+            click.echo(f"compiled {made}" if isinstance(made, Path) else f"{variant.name} runs as torch code on the CPU: {made.reason}")
     click.echo(f"from {out.name} import {', '.join(v.name for v in variants)}")
 
 

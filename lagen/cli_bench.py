@@ -47,7 +47,14 @@ def run(
     torch.set_num_threads(threads)
     try:
         report = bench(
-            load(variant), variant, lengths(text), tuple(p for p in against.split(",") if p), heads, size, repeats, DTYPES[dtype]
+            load(variant, printed=("cpp",)),
+            variant,
+            lengths(text),
+            tuple(p for p in against.split(",") if p),
+            heads,
+            size,
+            repeats,
+            DTYPES[dtype],
         )
         if png:
             plot(report, png)

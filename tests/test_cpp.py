@@ -24,6 +24,7 @@ from lagen.passes.differentiate import differentiate
 from lagen.passes.simplify import simplify
 from lagen.runtime import cpp
 from lagen.runtime.operator import Operator
+from lagen.runtime.prebuild import prebuild
 from lagen.spec.read import read, read_text
 from lagen.verify.cases import Case, Extent, make
 from lagen.verify.oracle import oracle
@@ -287,6 +288,14 @@ def test_what_the_compiler_is_told_makes_another_build(tmp_path: Path, monkeypat
     first, again = cpp.build(TINY, "tiny"), cpp.build(TINY, "tiny")
     other = cpp.build(TINY + "// changed\n", "tiny")
     assert isinstance(first, Path) and first == again and first != other
+
+
+def test_what_is_built_ahead_is_what_the_operator_loads() -> None:
+    op, variant = loaded("simple_gla")
+    served = op.backends["cpp"].forward.__self__  # type: ignore[attr-defined]
+    assert prebuild(variant) == cpp.build(served.source, variant.name)
+    told = prebuild(read(data.spec("performer")))
+    assert isinstance(told, cpp.Missing) and "W" in told.reason
 
 
 def test_without_a_compiler_torch_serves_and_one_warning_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

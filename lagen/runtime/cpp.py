@@ -72,6 +72,11 @@ def processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(told)))
 
 
+def trimmed(source: str) -> str:
+    """Returns a source without blank lines around it, so that a module's literal and the printed file are one."""
+    return source.strip() + "\n"
+
+
 def build(source: str, name: str) -> Path | Missing:
     """Returns the shared object of ``source``, compiled where the cache lacks it."""
     from filelock import FileLock
@@ -168,7 +173,7 @@ class CppBackend:
     def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...]) -> None:
         header = Path(__file__).with_name("_sweeps.h")  # beside this file in a built package
         included = header.read_text(encoding="utf-8") if INCLUDE in source else ""
-        self.spec, self.source, self.fallback = spec, source.replace(INCLUDE, included), fallback
+        self.spec, self.source, self.fallback = spec, trimmed(source).replace(INCLUDE, included), fallback
         self.loaded: ctypes.CDLL | Missing | None = None
         self.plans: dict[object, StepPlan] = {}
         self.entry: Callable[[int], int] | None = None  # of the step that writes in place
