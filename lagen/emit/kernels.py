@@ -363,10 +363,10 @@ class _Kernel:
             if carry.x and carry.y:
                 left, right = out.operand(term.near), self.written(term.far)
                 text = f"tl.dot(tl.trans({left}), {right}, {name}, input_precision=PRECISION)"
+            elif carry.x:
+                text = f"{name} + {self.summed(term.near, term.far)}"
             else:
-                side = term.near if carry.x else term.far
-                number = term.far if carry.x else E.ONE
-                value = out.guarded(E.mul(number, side) if side.dims else E.mul(side, number))
+                value = out.guarded(term.far)
                 full = (ROW, *held.axes)
                 spread = out.spread(value, full) if value.axes else f"tl.where(m_t, {value.text}, 0.0)"
                 if self.kernel.closings:
@@ -374,6 +374,19 @@ class _Kernel:
                 text = f"{name} + tl.sum({spread}, axis=0)"
             name = out.let(f"{held.text}_n", text, held.axes).text
         return name
+
+    def summed(self, near: Expr, number: Expr) -> str:
+        """Prints the sum over a chunk of vectors times a number each: a matmul with 16 equal columns (see make_inter)."""
+        out = self.out
+        left = out.operand(near)
+        text = out.spread(out.guarded(number), (ROW,)) if number != E.ONE else "m_t.to(tl.float32)"
+        if number != E.ONE and not out.guarded(number).axes:
+            text = f"tl.where(m_t, {text}, 0.0)"
+        if self.kernel.closings:
+            text = f"tl.where(o_t != t_last, {text}, 0.0)"
+        kept = out.let("b_w", text, (ROW,)).text
+        columns = f"tl.broadcast_to({kept}[:, None], [BT, 16]).to(DT)"
+        return f"tl.sum(tl.dot(tl.trans({left}), {columns}, input_precision=PRECISION), axis=1) * 0.0625"
 
     def written(self, far: Expr) -> str:
         """Prints what a sweep writes; where the carries are closed, the segment's last token is left out."""

@@ -431,5 +431,6 @@ class Statements:
                 self.tiles[key] = self.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
             text = f"tl.dot({self.operand(r)}, {self.tiles[key].text}, input_precision=PRECISION)"
             return self.let("b_i", text, (ROW, held.axes[1]))
-        full = (ROW, *held.axes)
-        return self.let("b_i", f"tl.sum({self.spread(self.guarded(r), full)} * {held.text}[None, :], axis=1)", (ROW,))
+        # a matmul with the vector as 16 equal columns: a product of whole tiles would not fit the registers
+        columns = f"tl.broadcast_to({held.text}[:, None], [B{held.axes[0]}, 16]).to(DT)"
+        return self.let("b_i", f"tl.sum(tl.dot({self.operand(r)}, {columns}, input_precision=PRECISION), axis=1) * 0.0625", (ROW,))
