@@ -91,6 +91,7 @@ class Model(nn.Module):
 def run(steps: int, seed: int, prompt: str) -> bool:
     """Trains, generates and compares; returns whether the loss fell and both ways of running the model agree."""
     console = Console(soft_wrap=True)
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where others use the cores
     torch.manual_seed(seed)
     text = "\n".join(topics[name] for name in sorted(topics))
     console.print(f"text: {len(text):,} characters of Python's own documentation")
