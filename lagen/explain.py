@@ -162,7 +162,21 @@ def _adjoint(made: Made) -> str:
 def _plan(made: Made) -> str:
     from lagen.passes.plan import plan
 
-    return str(plan(made.recurrence, made.adjoint))
+    planned = plan(made.recurrence, made.adjoint)
+    return str(planned) + ("\n" + _forms() if planned.borders else "")
+
+
+def _forms() -> str:
+    """Says which form a scan takes for a few shapes, and why (chunks and tiles of 64, dims of 128)."""
+    from lagen.emit.forms import segments
+    from lagen.targets.target import find
+
+    target = find("cuda:90")
+    lines = []
+    for b, t, h in ((1, 8192, 8), (1, 65536, 1), (4, 4096, 16)):
+        why = segments(b * h * 2, t // 64, target.processors, 1 << 20, exact=False)[1]
+        lines.append(f"B={b} T={t} H={h} K=V=128 bf16 on {target.name}: {why}")
+    return _section("forms of a scan", lines)
 
 
 def _source(made: Made) -> str:
