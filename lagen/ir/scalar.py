@@ -65,7 +65,7 @@ _ROWS = (
     Function("abs", 1, _smooth(lambda m, x, y: m.call("sign", x)), "torch.abs({0})", "tl.abs({0})", "lg_abs({0})", True),
     Function("sign", 1, _none, "torch.sign({0})", "lg_sign({0})", "lg_sign({0})", True),
     Function(
-        "min", 2, lambda m, d, y, a, b: _pick(m, d, b, a)[::-1], "torch.minimum({0}, {1})", "tl.minimum({0}, {1})", "lg_min({0}, {1})", True
+        "min", 2, lambda m, d, y, a, b: _pick(m, d, b, a), "torch.minimum({0}, {1})", "tl.minimum({0}, {1})", "lg_min({0}, {1})", True
     ),
     Function(
         "max", 2, lambda m, d, y, a, b: _pick(m, d, a, b), "torch.maximum({0}, {1})", "tl.maximum({0}, {1})", "lg_max({0}, {1})", True
