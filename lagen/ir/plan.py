@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lagen.ir.chunk import Carry, Term
-from lagen.ir.expr import Expr, show
+from lagen.ir.expr import Expr, reads, show, walk
 from lagen.ir.recurrence import State
 
 
@@ -130,8 +130,36 @@ class Plan:
     states: tuple[State, ...]
     borders: tuple[Kernel, ...] = ()  # by state, what a scan cut into segments launches first; none where it cannot be cut
 
+    def verify(self) -> None:
+        """Raises AssertionError naming a launch that loads what no earlier one stored, a value stored twice, or a tile that is no dim."""
+        made = _made(self.forward, set())
+        kept = {b.name for b in self.saved}
+        assert kept <= made, f"{self.name}: saved but never stored: {sorted(kept - made)}"
+        assert len(kept) == len(self.saved), f"{self.name}: saved twice: {[b.name for b in self.saved]}"
+        # outputs come back to the backward whether they were saved or not
+        undone = _made(self.backward, kept | {s.buffer.name for k in self.forward for s in k.stores if s.buffer.dtype == "input"})
+        _made(self.step, set())
+        _made(self.borders, made | undone)
+
     def __str__(self) -> str:
         parts = [f"plan {self.name}"]
         for title, kernels in (("borders", self.borders), ("forward", self.forward), ("backward", self.backward), ("step", self.step)):
             parts += [title, *(f"  {line}" for k in kernels for line in str(k).splitlines())]
         return "\n".join(parts)
+
+
+def _made(kernels: tuple[Kernel, ...], given: set[str]) -> set[str]:
+    """Checks the launches of one pass in order and returns the names of all that they store; raises AssertionError."""
+    made: set[str] = set()
+    for k in kernels:
+        dims = {d for s in k.stores for d in s.buffer.dims} | {d for h in k.holds for d in (h.carry.x, h.carry.y)}
+        dims |= {d for v in k.values for n in walk(v) for d in n.dims} | {n.attr("dim") for v in k.values for n in reads(v, "readout")}
+        assert k.tile in dims | {""}, f"{k.name}: {k.tile} is on the grid and none of its dims"
+        for n in (n for v in k.values for n in reads(v, "stored")):
+            assert n.name in made | given, f"{k.name} loads {n.name}, which no earlier launch stored"
+        assert all(s.buffer.partial in ("", k.tile) for s in k.stores), f"{k.name}: shares of a dim that is not on its grid"
+        assert all(h.carry.y in (k.tile, "") for h in k.holds), f"{k.name}: a carry that is not tiled along {k.tile}"
+        own = [s.buffer.name for s in k.stores] + [h.sink for h in k.holds if h.sink] + [c.buffer.name for c in k.closings]
+        assert len({*own}) == len(own) and not made & {*own}, f"{k.name} stores again what is stored: {own}"
+        made |= {*own}
+    return made

@@ -87,7 +87,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in (*reverse, *undone))]
     first = _tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
     borders = tuple(load(load(_border(s), decayed), stored(undone)) for s in core.states + back.states)
-    return Plan(
+    made = Plan(
         recurrence.name,
         (*prepare, *(load(k, others(decayed, k)) for k in chunked), *(load(k, decayed) for k in sweeps)),
         (*first, *undone, *(load(k, stored(undone)) for k in reverse)),
@@ -96,6 +96,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         core.states + back.states,
         borders if all(s.causal and s.head == head for s in core.states) else (),
     )
+    made.verify()
+    return made
 
 
 def _loaded(n: Expr) -> bool:
