@@ -501,13 +501,7 @@ class _Kernel:
             out.used |= {name, f"{name}_d", f"{name}_n"}
             self.pointers.append((f"state_{state.name}", state))
             axes = state.dims
-            place = " + ".join(
-                out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
-                for i, d in enumerate(axes)
-            )
-            mask = out.mask(axes)
-            at = self.point(f"state_{state.name}", state, "")
-            at = f"{at} + {place}" if place else at
+            at, mask = self.step_place(state, f"state_{state.name}")
             out.lines.append(f"{name} = tl.load({at}, mask={mask}, other=0.0)" if mask else f"{name} = tl.load({at})")
             factors = [out.spread(Tile(f"tl.exp({out.wide(g).text})", out.axes(g)), axes) for g in state.decay]
             out.lines.append(f"{name}_d = " + " * ".join([name, *factors]))
@@ -523,20 +517,20 @@ class _Kernel:
             if alone:  # others read the old state meanwhile
                 name = f"next_{state.name}"
                 self.pointers.append((name, state))
-            _, at, mask = self.step_place(state, name)
+            at, mask = self.step_place(state, name)
             line = f"tl.store({at}, b_{state.name}_n" + (f", mask={mask})" if mask else ")")
             out.lines += [f"if {alone}:", f"    {line}"] if alone else [line]
         return out.lines
 
-    def step_place(self, state: State, name: str) -> tuple[str, str, str]:
-        """Prints offset, pointer and mask of a state's tile in the step kernel; ``name`` is the tensor's."""
+    def step_place(self, state: State, name: str) -> tuple[str, str]:
+        """Prints pointer and mask of a state's tile in the step kernel; ``name`` is the tensor's."""
         out, axes = self.out, state.dims
         place = " + ".join(
             out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
             for i, d in enumerate(axes)
         )
         at = self.point(name, state, "")
-        return place, f"{at} + {place}" if place else at, out.mask(axes)
+        return (f"{at} + {place}" if place else at), out.mask(axes)
 
     def chunks(self) -> list[str]:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
