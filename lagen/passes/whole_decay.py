@@ -44,12 +44,20 @@ def take_out(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str])
         taken.add(name)
         dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
         stores[gate].append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
-    # pair sums last: they may take pair scores that another decay's launch stored
-    out = []
-    for g, found in sorted(stores.items(), key=lambda x: any(s.value.op == "mix" for s in x[1])):
-        for i, group in enumerate(_launches(found)):
-            name = f"{pass_}_chunks_{g.dims[0]}".lower() + (str(i) if i else "")
-            out.append(Kernel(name, "chunks", group, f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0]))
+    # under several decays pair sums take pair scores that another decay's launch stores: all scores come first
+    rounds = [list(stores.items())]
+    if len(stores) > 1:
+        rounds = [[(g, [s for s in found if (s.value.op == "mix") == late]) for g, found in stores.items()] for late in (False, True)]
+    out: list[Kernel] = []
+    for g, found in (x for r in rounds for x in r):
+        for group in _launches(found):
+            stem = f"{pass_}_chunks_{g.dims[0]}".lower()
+            count = sum(k.name.startswith(stem) for k in out)
+            out.append(
+                Kernel(
+                    stem + (str(count) if count else ""), "chunks", group, f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0]
+                )
+            )
     return tuple(out)
 
 
