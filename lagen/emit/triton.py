@@ -209,6 +209,9 @@ class _Module:
         cap: dict[str, int] = {}
         for k in kernels:
             cap[k.tile] = min(cap.get(k.tile, 64), widest_tile(k))
+        # a gate's sum runs over a chunk before it is closed: where no stored tile fixes the chunk, float32 takes a short one
+        closed = any(not c.buffer.dims for k in kernels for c in k.closings)
+        exact = ", exact=True" if closed and not any(k.kind == "chunks" for k in kernels) else ""
         lines = []
         for k in kernels:
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
@@ -216,7 +219,7 @@ class _Module:
             if k.kind == "chunks":
                 lines.append(f'BT, B{k.tile}_chunk = _config("{pass_} chunks {k.tile}", {k.tile}, 16, {size}, {widest_tile(k)})[:2]')
             elif k.kind in ("sweep", "step"):
-                called = f'_config("{pass_} {k.tile}", {k.tile or 16}, {most}, {size}, {cap[k.tile]})'
+                called = f'_config("{pass_} {k.tile}", {k.tile or 16}, {most}, {size}, {cap[k.tile]}{exact})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
         if not lines:
             lines.append(f"BT = {self.r.chunk_default}")

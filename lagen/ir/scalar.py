@@ -47,6 +47,9 @@ def _none(m: ModuleType, d: Expr, y: Expr, *args: Expr) -> tuple[None, ...]:
     return (None,) * len(args)
 
 
+CLOSED = -41.5
+"""The log of a gate that lets less than 1e-18 through: its gradient is taken to be 0."""
+
 _SQRT_2_OVER_PI = 0.3989422804014327  # 1 / sqrt(2 pi), the normal density at 0
 
 _ROWS = (
@@ -151,10 +154,12 @@ _ROWS = (
         "lg_cdf({0})",
         "lg_cdf({0})",
     ),
-    Function(  # what kernels accumulate of a log-decay: exp(-104) is 0 in float32, so a hard reset (-inf) is legal; no gradient below
+    # What kernels accumulate of a log-decay: exp(-104) is 0 in float32, so a hard reset (-inf) is legal. A gate's gradient is a
+    # difference of sums; what rounding leaves of it where the gate lets less than 1e-18 through is noise, and no gradient is handed on.
+    Function(
         "logdecay",
         1,
-        lambda m, d, y, x: (m.call("where", m.call("lt", x, m.const(-104.0)), m.ZERO, d),),
+        lambda m, d, y, x: (m.call("where", m.call("lt", x, m.const(CLOSED)), m.ZERO, d),),
         "torch.clamp({0}, -104.0, 0.0)",
         "tl.minimum(tl.maximum({0}, -104.0), 0.0)",
         "lg_min(lg_max({0}, -104.0f), 0.0f)",
