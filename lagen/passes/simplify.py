@@ -1,7 +1,8 @@
 """Simplifies expressions before they are lowered: finds again what differentiation took apart.
 
 ``absorb`` joins a strict readout with the token's own term into an inclusive readout, where no decay's gradient wants the strict one.
-``factor`` pulls numbers out of inner products, so that matmul operands stay what was loaded.
+``gather`` adds what meets the same vector in an inner product. ``factor`` pulls numbers out of inner products, so that matmul
+operands stay what was loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def simplify(adjoint: Adjoint) -> Adjoint:
     """Joins strict readouts with own terms in every gradient of ``adjoint``."""
     states = {s.name: s for s in adjoint.recurrence.states + adjoint.states}
     strict = {n for _, e in adjoint.gradients for s in E.reads(e, "suffix") for a in s.args for n in walk(a) if n.op == "readout"}
-    gradients = tuple((name, absorb(e, states, strict)) for name, e in adjoint.gradients)
+    gradients = tuple((name, gather(absorb(e, states, strict))) for name, e in adjoint.gradients)
     return replace(adjoint, gradients=gradients)
 
 
@@ -63,6 +64,27 @@ def absorb(root: Expr, states: dict[str, State], strict: set[Expr]) -> Expr:
                 terms[terms.index(t)] = readout(state, t.args[0], t.attr("dim"), _INCLUSIVE[t.attr("at")])
                 changed = True
         return E.add(*(absorb(t, states, strict) for t in terms)) if changed else None
+
+    return E.rewrite(root, rule)
+
+
+def gather(root: Expr) -> Expr:
+    """Adds what meets the same vector in an inner product before it meets it, so that its pair sums can be one."""
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op != "add" or n.dims:
+            return None
+        terms = addends(n)
+        by_vector: dict[Expr, list[Expr]] = {}
+        for t in terms:
+            if t.op == "contract" and E.reads(t.args[1], "readout"):
+                by_vector.setdefault(t.args[0], []).append(t)
+        if all(len(ts) == 1 for ts in by_vector.values()):
+            return None
+        out = [t for t in terms if not any(t in ts for ts in by_vector.values())]
+        for vector, ts in by_vector.items():
+            out.append(E.contract(vector, E.add(*(gather(t.args[1]) for t in ts))))
+        return E.add(*out)
 
     return E.rewrite(root, rule)
 
