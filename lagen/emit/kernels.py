@@ -354,7 +354,7 @@ class _Kernel:
         """Prints a carry's next value, in place of the accumulator, and names it."""
         out = self.out
         held = out.tiles[carry.value]
-        if carry.terms and len(held.axes) == 2:  # keep the old value as an operand before it is overwritten
+        if carry.terms and len(held.axes) == 2 and self.kernel.stores:  # keep the old value as an operand before it is overwritten
             key = Expr("cast", (carry.value,), dims=carry.value.dims)
             out.tiles[key] = out.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
         text = " * ".join([held.text, *(out.spread(out.wide(f), held.axes) for f in carry.factors)])
