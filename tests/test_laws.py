@@ -13,6 +13,7 @@ from random_specs import Recipe, recipes
 
 import lagen
 from lagen import data
+from lagen.ir import roles
 from lagen.ir.variant import Variant
 from lagen.spec import read, read_text
 from lagen.verify import cases, compare, laws
@@ -146,7 +147,7 @@ def test_cases_keep_to_the_assumptions_and_reach_their_gates(name: str) -> None:
     for regime in cases.regimes(variant):
         case = cases.make(variant, Extent(23), regime, torch.bfloat16, carried=True)
         assert all(bool((x != 0).all()) for x in evaluate(variant, variant.assumptions, case.inputs, case.params))
-        for gate in cases.gates(variant):
+        for gate in roles.gates(variant):
             log = evaluate(variant, [gate], case.inputs, case.params)[0].log()
             assert bool((log <= 0).all())
             if regime in cases.TARGETS:
@@ -154,7 +155,7 @@ def test_cases_keep_to_the_assumptions_and_reach_their_gates(name: str) -> None:
             if regime == "resets" and not variant.params:
                 assert log.min() < -100 and log.max() > -0.2
         for declared, x in zip(variant.inputs, case.inputs, strict=True):
-            assert x.dtype == (torch.float32 if declared.name in cases.gate_inputs(variant) else torch.bfloat16)
+            assert x.dtype == (torch.float32 if declared.name in roles.gate_inputs(variant) else torch.bfloat16)
         again = cases.make(variant, Extent(23), regime, torch.bfloat16, carried=True)
         assert all(torch.equal(a, b) for a, b in zip(case.inputs + case.params, again.inputs + again.params, strict=True))
 
