@@ -5,13 +5,16 @@ Importing lagen costs nothing: what it offers is imported when it is asked for.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lagen import nn as nn
     from lagen.runtime.load import load as load
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "nn"]
 __version__ = "0.1.0"
+ROOMS = ("nn",)
 
 
 def __getattr__(name: str) -> object:
@@ -20,4 +23,6 @@ def __getattr__(name: str) -> object:
         from lagen.runtime.load import load
 
         return load
+    if name in ROOMS:
+        return import_module(f"lagen.{name}")
     raise AttributeError(f"module 'lagen' has no attribute {name!r}")

@@ -28,7 +28,8 @@ ABOVE: dict[str, set[str]] = {
     "bench": {"ir", "passes", "emit", "runtime", "verify"},
     "cli": {"data", "ir", "spec", "passes", "emit", "runtime", "targets", "tune", "verify", "explain", "bench", "demo"},
     "__main__": {"cli"},
-    "__init__": {"runtime"},
+    "nn": {"ir", "runtime", "spec"},
+    "__init__": {"runtime", "nn"},
 }
 HOMES = {
     "jinja2": {"emit"},
