@@ -35,12 +35,25 @@ class Faithful:
         return tuple(o.to(inputs[0].dtype) for o in outputs), final
 
     def __call__(
-        self, *args: torch.Tensor, scale: float | None, initial_state: object, output_final_state: bool, backend: str | None
+        self,
+        *args: torch.Tensor,
+        scale: float | None,
+        initial_state: object,
+        output_final_state: bool,
+        backend: str | None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> object:
         n = len(self.variant.inputs)
         states = (initial_state,) if isinstance(initial_state, torch.Tensor) else initial_state
-        outputs, final = self.run(args[:n], args[n:], scale, states)
+        run = self.packed(cu_seqlens, scale)
+        outputs, final = run(args[:n], args[n:], states)
         return outputs[0], final if len(final) > 1 else final[0]
+
+    def packed(self, cu_seqlens: torch.Tensor | None, scale: float | None) -> laws.Run:
+        def one(inputs: Tensors, params: Tensors, states: Tensors | None) -> tuple[Tensors, Tensors]:
+            return self.run(inputs, params, scale, states)
+
+        return one if cu_seqlens is None else laws.apart(one, tuple(cu_seqlens.diff().tolist()))
 
     def step(self, *args: torch.Tensor, state: object, scale: float | None, backend: str | None) -> object:
         n = len(self.variant.inputs)
@@ -87,6 +100,14 @@ class NeverTheSame(Faithful):
         return tuple(o + 1e-2 * torch.rand_like(o) for o in outputs), final
 
 
+class SharesTheFirstState(Faithful):
+    def packed(self, cu_seqlens: torch.Tensor | None, scale: float | None) -> laws.Run:
+        run = super().packed(cu_seqlens, scale)
+        if cu_seqlens is None:
+            return run
+        return lambda inputs, params, states: run(inputs, params, tuple(s[:1].expand_as(s) for s in states or ()))
+
+
 class StandsStill(Faithful):
     def step(self, *args: torch.Tensor, state: object, scale: float | None, backend: str | None) -> object:
         o, _ = super().step(*args, state=state, scale=scale, backend=backend)  # type: ignore[misc]
@@ -120,6 +141,7 @@ def test_the_recurrence_keeps_the_laws(name: str) -> None:
         (PeeksAhead, "future"),
         (NeverTheSame, "repeats"),
         (StandsStill, "steps"),
+        (SharesTheFirstState, "packed"),
         (ClampsGates, "gates"),
     ],
 )

@@ -29,8 +29,7 @@ ABOVE: dict[str, set[str]] = {
     "cli": {"data", "ir", "spec", "passes", "emit", "runtime", "targets", "tune", "verify", "explain", "bench", "demo"},
     "__main__": {"cli"},
     "nn": {"ir", "runtime", "spec"},
-    "compat": {"data", "runtime"},
-    "__init__": {"runtime", "nn", "compat"},
+    "__init__": {"runtime", "nn"},
 }
 HOMES = {
     "jinja2": {"emit"},

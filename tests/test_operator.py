@@ -238,7 +238,7 @@ def test_triton_on_the_cpu_wants_the_interpreter(monkeypatch: pytest.MonkeyPatch
 def test_opcheck_passes(op: Operator, keep: bool) -> None:
     given = [x.requires_grad_() for x in tensors()]
     state = torch.randn(B, HV, K, V, requires_grad=True) if keep else None
-    torch.library.opcheck(op._dispatch.forward, (*given, state, 0.3, keep, "torch"))
+    torch.library.opcheck(op._dispatch.forward, (*given, state, None, None, 0.3, keep, "torch"))
     token = [x.detach()[:, 0] for x in given]
     torch.library.opcheck(op._dispatch.step, (*token, torch.randn(B, HV, K, V), 0.3, "torch"))
 
@@ -286,7 +286,7 @@ def test_meta_tensors_give_shapes(op: Operator) -> None:
 def test_a_forced_backend_runs_on_meta_tensors_itself(op: Operator) -> None:
     ran: list[str] = []
 
-    def forward(inputs: tuple, params: tuple, scale: float, states: object, keep: bool) -> tuple:
+    def forward(inputs: tuple, params: tuple, scale: float, states: object, keep: bool, cu_seqlens: object) -> tuple:
         ran.append("forward")
         return (torch.empty_like(inputs[2]),), None, (inputs[0] * 1,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class _Kernel:
         elif kernel.kind == "sweep":
             self.out = SweepStatements(kernel, names, roots)
         else:
-            self.out = Statements(names, roots, rows_end="T - first * BT" if kernel.kind == "chunks" else "T - i_c * BT")
+            self.out = Statements(names, roots, rows_end="T - first * BT")
         self.out.exact = exact
         self.before: list[str] = []
         self.after: list[str] = []
@@ -112,7 +113,7 @@ class _Kernel:
             offsets = [x for x in offsets if x not in body and not x.startswith("o_c ")]
         before = offsets + self.out.head + self.bases() + self.before
         signature = self.signature(dims)
-        prelude = sorted(self.out.prelude)
+        prelude = sorted(self.out.prelude | ({"lg_sequence"} if self.out.rows else set()))
         template = environment().get_template(f"triton/{self.kernel.kind}.py.j2")
         text = "\n".join(before + body + self.after)
         source = template.render(
@@ -120,7 +121,7 @@ class _Kernel:
             looped=any(s.value.op == "gram" for s in self.kernel.stores),
             signature=signature,
             doc=self.doc(),
-            decode="i_h " if "i_h" in text.replace("i_hv", "") else "",
+            used=frozenset(re.findall(r"\w+", text)),
             before=before,
             body=body,
             after=self.after,
@@ -172,14 +173,14 @@ class _Kernel:
             share = name in partial or (leaf is not None and ("partial", self.kernel.tile) in leaf.attrs and self.kernel.tile)
             if token:
                 batch = f" + i_b * {name}_sb" + (f" + {head} * {name}_sh" if head else "")
-                batch += f" + {'first' if per else 't_0'} * {name}_st" if self.out.rows else ""
+                batch += f" + {'c_0' if per else 't_0'} * {name}_st" if self.out.rows else ""
                 lines.append(f"p_{name} = {name}" + batch + (f" + i_y * {name}_sp" if share else ""))
             else:
                 assert leaf is not None
                 size = " * ".join(leaf.dims)
                 if leaf.op == "stored":  # one for each batch element and head
                     state = State(name, self.heads[name], leaf.dims, (), ())
-                    lines.append(f"p_{name} = {self.point(name, state, '')}")
+                    lines.append(f"p_{name} = {self.point(name, state, 'i_n')}")
                     continue
                 lines.append(f"p_{name} = {name}" + (f" + {head} * {size}" if head and size else f" + {head}" if head else ""))
         return lines
@@ -221,6 +222,8 @@ class _Kernel:
         lines += [c.buffer.name for c in self.kernel.closings]
         if self.out.scaled:
             lines.append("scale")
+        if self.out.rows:
+            lines.append("cu_seqlens, NSEQ")
         if self.kernel.kind == "step":
             lines.append("HV, G, NY")
         elif self.kernel.kind == "chunks":
@@ -252,8 +255,8 @@ class _Kernel:
     def flags(self) -> list[str]:
         """Lists the compile-time facts about optional operands."""
         if self.kernel.kind != "sweep":
-            return []
-        flags = [f"HAS_{name.upper()}" for name, _ in self.pointers]
+            return ["IS_VARLEN"] if self.out.rows else []
+        flags = ["IS_VARLEN", *(f"HAS_{name.upper()}" for name, _ in self.pointers)]
         if self.kernel.closings or any(E.reads(s.value, "suffix") for s in self.kernel.stores):
             flags.append("HAS_CLOSING")
         return flags
@@ -289,12 +292,10 @@ class _Kernel:
         return f"({rows}[None, :] * {col} + {cols}[:, None])"
 
     def point(self, name: str, state: State, at: str) -> str:
-        """Prints the pointer to one state of this program; ``at`` is the segment's index or "" for one state per sequence."""
+        """Prints the pointer to one state of this program; ``at`` is its row: i_n, the sequence's, or i_r, the segment's."""
         head = self.index(state.head)
         heads = {"i_hv": "HV", "i_h": "(HV // G)", "": "1"}[head]
-        index = f"i_b * {heads} + {head}" if head else "i_b"
-        if at:
-            index = f"({index}) * NSEG + {at}"
+        index = f"({at}) * {heads} + {head}" if head and " " in at else f"{at} * {heads} + {head}" if head else at
         size = " * ".join(state.dims)
         return f"{name} + ({index}) * {size}" if size else f"{name} + {index}"
 
@@ -333,7 +334,7 @@ class _Kernel:
             return
         self.pointers.append((hold.source, state))
         place, mask = self.place(state, carry), self.out.mask(tile.axes)
-        at = self.point(hold.source, state, "i_s" if carry.updated else "")
+        at = self.point(hold.source, state, "i_r" if carry.updated else "i_n")
         load = f"tl.load({at} + {place}, mask={mask}, other=0.0)" if place else f"tl.load({at})"
         if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
             load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
@@ -344,10 +345,15 @@ class _Kernel:
         carry, state = hold.carry, self.states[hold.carry.state]
         axes = tuple(d for d in (carry.x, carry.y) if d)
         place, mask = self.place(state, carry), self.out.mask(axes)
-        at = self.point(hold.sink, state, "i_c // EVERY").replace("NSEG", "NB")
+        self.out.head.append("r_0 = bos // (EVERY * BT) + i_n if IS_VARLEN else i_b * NB  # the sequence's first row of borders")
         when = "(i == 0) | ((i_c + 1) % EVERY == 0)" if carry.reverse else "i_c % EVERY == 0"
-        store = f"tl.store({at} + {place}, b_{carry.state}, mask={mask})" if place else f"tl.store({at}, b_{carry.state})"
-        self.out.lines += [f"if {when}:", f"    {store}"]
+
+        def store(row: str) -> str:
+            at = self.point(hold.sink, state, row)
+            return f"tl.store({at} + {place}, b_{carry.state}, mask={mask})" if place else f"tl.store({at}, b_{carry.state})"
+
+        self.out.lines += [f"if {when}:", f"    {store('r_0 + i_c // EVERY')}"]
+        self.after += ["if IS_VARLEN:", "    if count == 0:  # an empty sequence", f"        {store('r_0')}"]
         self.pointers.append((hold.sink, state))
 
     def update(self, carry: Carry) -> str:
@@ -435,8 +441,8 @@ class _Kernel:
             self.before += lines
 
     def closing_point(self, name: str, dims: tuple[str, ...], partial: str) -> tuple[str, str]:
-        """Prints the pointer of a closing [B, HV, segments, tiles or dim] and its mask."""
-        index = "(i_b * HV + i_hv) * NSEG + i_s"
+        """Prints the pointer of a closing [segments, HV, tiles or dim] and its mask."""
+        index = "i_r * HV + i_hv"
         if dims:
             d = dims[0]
             return f"{name} + ({index}) * {d} + o_{d.lower()}", f", mask=m_{d.lower()}, other=0.0"
@@ -458,7 +464,7 @@ class _Kernel:
             if (given, state) not in self.pointers:
                 self.pointers.append((given, state))
             place, mask = self.place(state, carry), out.mask(held.axes)
-            load = f"tl.load({self.point(given, state, 'i_s')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
+            load = f"tl.load({self.point(given, state, 'i_r')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
             if state.head != self.top:
                 load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
             text, axes = f"{held.text} * {load}", list(held.axes)
@@ -482,8 +488,8 @@ class _Kernel:
         place, mask = self.place(state, carry), self.out.mask(axes)
         full = carry.reverse  # gradients of states are stored per program head, and summed over the heads that share one
         head = self.top if full else state.head
-        at = self.point(hold.sink, State(state.name, head, state.dims, (), ()), "")
-        end = "0" if carry.reverse else "NSEG - 1"
+        at = self.point(hold.sink, State(state.name, head, state.dims, (), ()), "i_n")
+        end = "0" if carry.reverse else "last"
         text = f"tl.store({at}" + (f" + {place}, b_{carry.state}, mask={mask})" if place else f", b_{carry.state})")
         alone = self.alone(head, axes)
         conditions = [f"if i_s == {end}:", *([f"if {alone}:"] if alone else [])]
@@ -529,7 +535,7 @@ class _Kernel:
             out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
             for i, d in enumerate(axes)
         )
-        at = self.point(name, state, "")
+        at = self.point(name, state, "i_n")
         return (f"{at} + {place}" if place else at), out.mask(axes)
 
     def chunks(self) -> list[str]:
@@ -583,7 +589,7 @@ class _Kernel:
         rows = out.spread(value, full)
         text = f"tl.sum({rows if value.axes == full else f'tl.where({out.mask(full)}, {rows}, 0.0)'}, axis=0)"
         size = " * ".join(axes)
-        index = "(i_c * (tl.num_programs(0) // NC) + i_b * HV + i_hv)"
+        index = "(c_0 * (tl.num_programs(0) // NC) + i_b * HV + i_hv)"
         at = f"{b.name} + {index}" + (f" * {size} + o_{axes[0].lower()}" if axes else "")
         mask = out.mask(axes)
         out.lines.append(f"tl.store({at}, {text}" + (f", mask={mask})" if mask else ")"))

@@ -23,9 +23,8 @@ from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import digest as algebra
 from lagen.passes.digest import identity
-from lagen.targets.tuned import Entry
 
-SUPPORT = ("choice", "signature", "dispatch", "operator", "chunked", "cpp")
+SUPPORT = ("signature", "packed", "dispatch", "operator", "chunked", "cpp")
 """The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
 
 PRINTED = ("cpp", "triton")
@@ -50,17 +49,14 @@ def support() -> dict[str, str]:
     return own | {"_sweeps.h": render_sweeps()}
 
 
-def render(
-    variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: Sequence[str] = PRINTED, tuned: Sequence[Entry] = ()
-) -> str:
+def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: Sequence[str] = PRINTED) -> str:
     """Renders the module of one variant; it imports torch, triton where it has kernels, and the files of ``support``.
 
-    ``printed`` names the backends beside torch to print where there is a printer for what the variant does; ``tuned`` are the configs
-    that its calls look up.
+    ``printed`` names the backends beside torch to print where there is a printer for what the variant does.
     """
     kernels = _kernels(recurrence, adjoint) if "triton" in printed else Fallback("not asked for")
     step = "torch_step" if variant.causal else "None"
-    backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True)")]
+    backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True, host=True)")]
     cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
     if not isinstance(cpp, Fallback):
         back = "torch_backward" if summed_gates(adjoint) else "cpp.backward"
@@ -93,21 +89,11 @@ def render(
         "causal": variant.causal,
         "sizes": repr(tuple((dim, formula(size)) for dim, size in variant.sizes)),
         "backends": backends,
-        "tuned": _rows(tuned),
         "digest": "",
     }
     whole = _fill("module.py.j2", values)
     digest = hashlib.sha256("\0".join([whole, *support().values()]).encode()).hexdigest()
     return _fill("module.py.j2", values | {"digest": digest[:12]})
-
-
-def _rows(tuned: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-    """Prints tuned entries as rows of the module's table, by device."""
-    devices: dict[str, list[str]] = {}
-    for e in sorted(tuned, key=lambda e: (e.device, e.key)):
-        given = f'"{e.of}", "{e.dtype}", {e.dims!r}, {e.tokens}, {e.heads}, {e.config.table!r}'.replace("'", '"')
-        devices.setdefault(e.device, []).append(f"Row({given}),  # {e.how}")
-    return list(devices.items())
 
 
 def summed_gates(adjoint: Adjoint) -> bool:

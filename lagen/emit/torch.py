@@ -22,8 +22,8 @@ _ATOM, _POWER, _SIGN, _PRODUCT, _SUM, _COMPARE = 5, 4, 3, 2, 1, 0
 _LEVELS = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _SIGN}
 _LEVELS |= dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _COMPARE)
 _RESERVED = frozenset(
-    "torch chunked triton tl Tensor inputs params scale states initial_states output_final_state saved outputs final_states d_outputs "
-    "d_final_states dtype like edge B T H G HV".split()
+    "torch chunked packed triton tl Tensor inputs params scale states initial_states output_final_state saved outputs final_states "
+    "d_outputs d_final_states cu_seqlens dtype like edge B T H G HV".split()
 )
 
 
@@ -54,7 +54,7 @@ def _forward(r: Recurrence) -> str:
     else:
         p.line("return outputs, None, ()")
     doc = f'"""Computes {_list(n for n, _ in r.outputs)} and the final states in chunks."""'
-    return p.function("torch_forward(inputs, params, scale, initial_states, output_final_state)", doc)
+    return "@packed.each_forward\n" + p.function("torch_forward(inputs, params, scale, initial_states, output_final_state)", doc)
 
 
 def _backward(a: Adjoint) -> str:
@@ -91,7 +91,9 @@ def _backward(a: Adjoint) -> str:
             starts.append(f'chunked.lower({p.state_names[f"d{s.name}"]}.final, {shape}, 1, "{s.head}", initial_states[{i}])')
         p.line(f"return d_inputs, d_params, {_tuple(starts, split=True)}")
     signature = "torch_backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states)"
-    return p.function(signature, '"""Computes the gradients of inputs, params and initial states, from the inputs alone."""')
+    return "@packed.each_backward\n" + p.function(
+        signature, '"""Computes the gradients of inputs, params and initial states, from the inputs alone."""'
+    )
 
 
 def _step(r: Recurrence) -> str:
@@ -109,9 +111,18 @@ def _step(r: Recurrence) -> str:
     return p.function("torch_step(inputs, params, scale, states)", '"""Computes one token\'s outputs and updates the states in place."""')
 
 
+def reads_neighbours(stores: Sequence[Store]) -> bool:
+    """Tells whether what token-wise work stores reads the token after, which a sequence's last token does not have."""
+    return any(n.op in ("lead", "follows") for n in walk(*(s.value for s in stores)))
+
+
 def render_tokens(name: str, recurrence: Recurrence, loads: Sequence[Buffer], stores: Sequence[Store]) -> str:
-    """Prints ``name``(inputs, params, stored, scale), which computes token-wise values from inputs and stored values."""
+    """Prints ``name``(inputs, params, stored, scale), which computes token-wise values from inputs and stored values.
+
+    Where a value reads the token after, the function takes ``cu_seqlens`` as well.
+    """
     p = _Printer(recurrence)
+    p.packed = ", cu_seqlens" if reads_neighbours(stores) else ""
     p.head(recurrence.inputs, recurrence.params)
     for i, b in enumerate(loads):
         t = Tensor(b.name, b.head, b.dims, b.token)
@@ -127,7 +138,9 @@ def render_tokens(name: str, recurrence: Recurrence, loads: Sequence[Buffer], st
         else:
             out.append(p.lowered(p.text(s.value), s.buffer.head, s.buffer.dims, like))
     p.line(f"return {_tuple(out, split=True)}")
-    return p.function(f"{name}(inputs, params, stored, scale)", f'"""Computes {_list(s.buffer.name for s in stores)} token by token."""')
+    return p.function(
+        f"{name}(inputs, params, stored, scale{p.packed})", f'"""Computes {_list(s.buffer.name for s in stores)} token by token."""'
+    )
 
 
 def _assumptions(r: Recurrence, assumptions: Sequence[Expr]) -> str:
@@ -189,6 +202,7 @@ class _Printer:
     done: dict[Expr, tuple[str, int]] = field(default_factory=dict)
     uses: Counter[Expr] = field(default_factory=Counter)
     taken: set[str] = field(default_factory=set)
+    packed: str = ""  # the argument that says where sequences end, where one function computes several
     state_names: dict[str, str] = field(default_factory=dict)
     by_name: dict[str, State] = field(default_factory=dict)
     past: dict[str, str] = field(default_factory=dict)
@@ -430,9 +444,9 @@ class _Printer:
         if e.op == "expand":
             return self.expanded(e)
         if e.op == "lead":
-            return f"chunked.lead({a[0]})", _ATOM
+            return f"chunked.lead({a[0]}{self.packed})", _ATOM
         if e.op == "follows":
-            return "chunked.follows(T, like)", _ATOM
+            return f"chunked.follows(T, like{self.packed})", _ATOM
         if e.op == "part":
             first = f"{self.text(e.args[1], _ATOM)}.shape[-1]"
             return f"{self.text(e.args[0], _ATOM)}[..., {f':{first}' if e.attr('index') == '0' else f'{first}:'}]", _ATOM

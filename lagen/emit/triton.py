@@ -9,7 +9,7 @@ from dataclasses import replace
 from lagen.emit.forms import segments
 from lagen.emit.kernels import Printed, print_kernel
 from lagen.emit.templates import environment
-from lagen.emit.torch import render_tokens
+from lagen.emit.torch import reads_neighbours, render_tokens
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL
 from lagen.ir.expr import Expr, show
@@ -47,8 +47,18 @@ _RESERVED = {
 }
 _RESERVED |= {
     "i_y",
+    "i_n",
+    "i_r",
+    "c_0",
+    "r_0",
     "first",
+    "last",
+    "bos",
     "count",
+    "cu_seqlens",
+    "N",
+    "NSEQ",
+    "cut",
     "torch",
     "triton",
     "tl",
@@ -137,7 +147,7 @@ class _Module:
             done[k] = printed
         prelude |= {c for p in prelude for c in _CALLS.get(p, ())}
         macros = environment().get_template("triton/prelude.py.j2").module
-        first = [name for name in ("lg_decay", "lg_reach") if name in prelude]
+        first = [name for name in ("lg_sequence", "lg_decay", "lg_reach") if name in prelude]
         order = [*first, *sorted(prelude - set(first))]
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
@@ -173,6 +183,8 @@ class _Module:
             lines.append(f"{', '.join(t.name for t in self.r.params)}, = (x.contiguous() for x in params)")
         first = self.r.inputs[0].name
         lines.append(f"B = {first}.shape[0]" if step else f"B, T = {first}.shape[:2]")
+        if not step:
+            lines.append("N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1  # sequences")
         shift = -1 if step else 0
         where: dict[str, str] = {}
         for t in self.tensors:
@@ -190,7 +202,7 @@ class _Module:
     def shape(self, b: Buffer, step: bool = False) -> str:
         """Prints the shape of a buffer."""
         lead = [f"triton.cdiv({b.partial}, B{b.partial})"] if b.partial else []
-        lead += ["B"] if step else ["B", "triton.cdiv(T, BT)" if b.per else "T"]
+        lead += ["B"] if step else ["B", "_rows(T, BT, cu_seqlens)" if b.per else "T"]
         heads = [] if not b.head else ["HV" if b.head == self.top else "HV // G"]
         dims = ["BT" if d == COL else d for d in b.dims]
         return f"({', '.join([*lead, *heads, *dims])},)"
@@ -237,15 +249,16 @@ class _Module:
             loads = self.loads(k)
             stored = ", ".join(f"{b.name}.sum(0)" if b.partial else b.name for b in loads) + ("," if len(loads) == 1 else "")
             names = ", ".join(s.buffer.name for s in k.stores) + ","
+            packed = (", None" if step else ", cu_seqlens") if reads_neighbours(k.stores) else ""
             fix = [f"{s.buffer.name} = {s.buffer.name}[None, None]" for s in k.stores if s.summed]
-            call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale)"
+            call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale{packed})"
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
         lines = []
         for s in k.stores:
             b = s.buffer
             if s.summed:
                 lines.append(
-                    f"{b.name} = torch.empty((triton.cdiv(T, BT), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)"
+                    f"{b.name} = torch.empty((_rows(T, BT, cu_seqlens), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)"
                 )
             elif k.kind == "tokens" and step:
                 lines.append(
@@ -259,7 +272,7 @@ class _Module:
                 lines.append(f"{h.sink} = torch.empty({self.state_shape(state, False)}, dtype=torch.float32, device=device)")
         for c in k.closings:
             tail = [*c.buffer.dims] or ([f"triton.cdiv({c.buffer.partial}, B{c.buffer.partial})"] if c.buffer.partial else [])
-            lines.append(f"{c.buffer.name} = torch.empty((B, HV, NSEG, {', '.join(tail)}), dtype=torch.float32, device=device)")
+            lines.append(f"{c.buffer.name} = torch.empty((B * NSEG, HV, {', '.join(tail)}), dtype=torch.float32, device=device)")
         args = []
         for name, _ in p.tensors:
             made = next((s.buffer for s in k.stores if s.buffer.name == name), None)
@@ -284,10 +297,12 @@ class _Module:
         args += [c.buffer.name for c in k.closings]
         if p.scaled:
             args.append("scale")
+        if k.kind != "step":
+            args.append("None, 1" if step else "cu_seqlens, N")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
         grid = {
-            "sweep": f"B * {heads} * NY" + ("" if k in self.plan.borders else " * NSEG"),
+            "sweep": f"N * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * NSEG",
             "step": f"B * {heads} * NY",
             "tokens": f"B * {heads} * NC",
             "chunks": f"B * {heads} * NC" + ("" if any(s.value.op == "gram" for s in k.stores) else " * NY"),
@@ -298,9 +313,9 @@ class _Module:
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
             if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
-                lines.append("NSEG, SEG = triton.cdiv(T, BT), 1")
+                lines.append("SEG, NSEG = 1, _rows(T, BT, cu_seqlens)")
             if k in self.plan.borders:
-                args.append("T, HV, G, NY, 1, triton.cdiv(T, BT), BT.bit_length() - 1, SEG, NSEG")
+                args.append("T, HV, G, NY, 1 if cu_seqlens is None else N, T // BT + 1, BT.bit_length() - 1, SEG, NSEG")
             else:
                 args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
         elif k.kind == "step":
@@ -308,11 +323,11 @@ class _Module:
             lines += [line for name, s in p.states if name.startswith("next_") for line in self.keep(s, k.tile)]
             args.append("HV, G, NY")
         elif k.kind == "chunks":
-            lines.append(f"NY, NC = {tile}, triton.cdiv(T, BT)")
+            lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)")
             args.append("T, HV, G, NY, NC, BT.bit_length() - 1")
         else:
             length = "1" if step else "T"
-            lines.append(f"NC = triton.cdiv({length}, BT)")
+            lines.append("NC = 1" if step else "NC = _rows(T, BT, cu_seqlens)")
             shares = sorted({b.partial for b in self.loads(k) if b.partial})
             args.append(
                 f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC"
@@ -326,7 +341,8 @@ class _Module:
         if p.sizes:
             args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)")
-        flags = [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states] if k.kind == "sweep" else []
+        flags = [] if k.kind == "step" else ["False" if step else "cu_seqlens is not None"]
+        flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states] if k.kind == "sweep" else []
         if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
             flags.append("closed")
         args += flags
@@ -357,11 +373,11 @@ class _Module:
         """Prints how a pass cuts its scans."""
         sweeps = [k for k in kernels if k.kind == "sweep"]
         if not self.plan.borders:
-            return ["NSEG, SEG = 1, max(1, triton.cdiv(T, BT))"]
+            return ["SEG, NSEG, cut = _cut(max(1, triton.cdiv(T, BT)), BT, T, cu_seqlens)"]
         tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
         longest = f"(2**31 - 1) // (BT * max(x.stride(1) for x in ({', '.join(t.name for t in self.r.inputs)},)))"
-        call = f"B * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), {longest}, {exact}"
-        return [f"SEG = FORM or _segments({call})[0]", "NSEG = max(1, triton.cdiv(T, max(1, SEG * BT)))"]
+        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), {longest}, {exact}"
+        return [f"SEG, NSEG, cut = _cut(FORM or _segments({call})[0], BT, T, cu_seqlens)"]
 
     def borders(self, states: tuple[State, ...]) -> list[Kernel]:
         """Lists the launches that store ``states`` at segments' borders."""
@@ -372,12 +388,12 @@ class _Module:
         lines: list[str] = []
         for k in self.borders(states):
             state = self.states[k.holds[0].carry.state]
-            shape = ", ".join(["B", *(["HV"] if self.top else []), "NSEG", *state.dims])
+            shape = ", ".join(["B * NSEG", *(["HV"] if self.top else []), *state.dims])
             lines.append(f"border_{state.name} = torch.empty(({shape},), dtype=torch.float32, device=device)")
             lines += self.launch(k, step=False)
             source = k.holds[0].source
             lines.append(f"{source.replace('initial', 'start').replace('dfinal', 'after')} = border_{state.name}")
-        return ["if NSEG > 1:", *(f"    {x}" for x in lines)] if lines else []
+        return ["if cut:", *(f"    {x}" for x in lines)] if lines else []
 
     def pointer(self, name: str) -> str:
         """Prints the tensor behind a state's pointer; any tensor stands in for one that is absent."""
@@ -406,7 +422,7 @@ class _Module:
     def state_shape(self, s: State, wide: bool) -> str:
         """Prints the shape of a state."""
         heads = [] if not s.head and not (wide and self.top) else ["HV" if wide or s.head == self.top else "HV // G"]
-        return f"({', '.join(['B', *heads, *s.dims])},)"
+        return f"({', '.join(['N', *heads, *s.dims])},)"
 
     def forward(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_forward."""
@@ -432,7 +448,9 @@ class _Module:
         finals = ", ".join(f"final_{s.name}" for s in self.r.states) + ","
         saved = "".join(f"{b.name}, " for b in self.plan.saved)
         lines.append(f"return ({outs}), ({finals}) if output_final_state else None, ({saved})")
-        return _function("triton_forward(inputs, params, scale, initial_states, output_final_state)", "Launches the forward.", lines)
+        return _function(
+            "triton_forward(inputs, params, scale, initial_states, output_final_state, cu_seqlens)", "Launches the forward.", lines
+        )
 
     def backward(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_backward."""
@@ -447,7 +465,7 @@ class _Module:
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
         lines += [f"start_{s.name}, after_{s.name} = initial_{s.name}, dfinal_{s.name}" for s in self.r.states]
-        lines.append("closed = NSEG > 1 or d_final_states is not None")
+        lines.append("closed = cut or d_final_states is not None")
         lines.append(f"{', '.join(n for n, _ in self.r.outputs)}, = map(_unit, outputs)")
         lines.append(f"{', '.join(t.name for t in self.a.cotangents)}, = map(_unit, d_outputs)")
         for t in (t for t in self.a.cotangents if t.head != self.top):  # else each head of a group would send it back
@@ -486,7 +504,7 @@ class _Module:
         given = f"({', '.join(initial)},) if initial_states is not None else None"
         lines.append(f"return ({_items(grads)}), ({_items(params)}), {given}")
         return _function(
-            "triton_backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states)",
+            "triton_backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states, cu_seqlens)",
             "Launches the backward: a gradient for every input, param and initial state.",
             lines,
         )

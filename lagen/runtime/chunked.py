@@ -93,15 +93,22 @@ def repeat(x: Value, size: int, axis: int = -1) -> Value:
     return x.expand(*x.shape[:axis], size, *x.shape[axis % x.dim() + 1 :])
 
 
-def lead(x: Tensor) -> Tensor:
-    """Takes every token's value [B, T, ..] from the token after; the last token keeps its own."""
-    return torch.cat((x[:, 1:], x[:, -1:]), 1)
+def lead(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Takes every token's value [B, T, ..] from the token after; a sequence's last token keeps its own."""
+    after = torch.cat((x[:, 1:], x[:, -1:]), 1)
+    if cu_seqlens is None:
+        return after
+    inside = follows(x.shape[1], x, cu_seqlens).reshape(1, -1, *[1] * (x.dim() - 2))
+    return torch.where(inside != 0, after, x)
 
 
-def follows(tokens: int, like: Tensor) -> Tensor:
-    """Makes 1 for each token that another one follows and 0 for the last: [1, T, 1, 1]."""
+def follows(tokens: int, like: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Makes 1 for each token that another one of its sequence follows and 0 for the last: [1, T, 1, 1]."""
     out = torch.ones(1, tokens, 1, 1, dtype=like.dtype, device=like.device)
     out[:, -1:] = 0.0
+    if cu_seqlens is not None and tokens:
+        last = cu_seqlens[1:] - 1  # of an empty sequence: the one before, or where there is none, the last of all
+        out[:, torch.where(last < 0, tokens - 1, last).long()] = 0.0
     return out
 
 

@@ -19,19 +19,17 @@ import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lagen.runtime.choice import NOTHING, Choice, processor
 from lagen.runtime.signature import Argument, OperatorSpec, measure
 
 Tensors = tuple[Tensor, ...]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 INCLUDE = '#include "_sweeps.h"\n'
@@ -64,7 +62,7 @@ def cache() -> Path:
     return Path(os.environ.get("LAGEN_CACHE_DIR") or platformdirs.user_cache_dir("lagen")) / "cpp"
 
 
-def features() -> str:
+def processor() -> str:
     """Returns what -march=native depends on: the processor's model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -79,34 +77,29 @@ def trimmed(source: str) -> str:
     return source.strip() + "\n"
 
 
-def defines(config: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns what the compiler is told of a config: sizes that the C++ has as macros. The number of threads is no affair of its."""
-    return tuple(f"-DLG_{name.upper()}={value}" for name, value in sorted(config.items()) if name != "threads")
-
-
-def build(source: str, name: str, told: tuple[str, ...] = ()) -> Path | Missing:
-    """Returns the shared object of ``source``, compiled where the cache lacks it; ``told`` are ``defines``."""
+def build(source: str, name: str) -> Path | Missing:
+    """Returns the shared object of ``source``, compiled where the cache lacks it."""
     from filelock import FileLock
 
     found = compilers()
     if not found:
         named = os.environ.get("CXX")
         return Missing(f"$CXX names {named}, which is not there" if named else "no C++ compiler (g++ or clang++) is on the PATH; set CXX")
-    complaint = ""
+    told = ""
     for compiler in found:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
         for extra in EXTRAS:
-            flags = (*BASE, *extra, *told)
-            key = hashlib.sha256("\0".join([source, *flags, compiler, version, features()]).encode()).hexdigest()[:24]
+            flags = (*BASE, *extra)
+            key = hashlib.sha256("\0".join([source, *flags, compiler, version, processor()]).encode()).hexdigest()[:24]
             path = cache() / f"{name}_{key}.so"
             if path.is_file():
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
-                complaint = "" if path.is_file() else _compile(compiler, flags, source, path)
-            if not complaint:
+                told = "" if path.is_file() else _compile(compiler, flags, source, path)
+            if not told:
                 return path
-    return Missing(f"{found[-1]} refuses the generated file: {complaint}")
+    return Missing(f"{found[-1]} refuses the generated file: {told}")
 
 
 def _compile(compiler: str, flags: Sequence[str], source: str, path: Path) -> str:
@@ -134,13 +127,9 @@ def _note_fork() -> None:
 os.register_at_fork(after_in_child=_note_fork)
 
 
-def threads(most: int = 0) -> int:
-    """Returns how many threads a call takes: torch's number, but one in a forked child, where OpenMP's pool did not come along.
-
-    ``most`` limits them, where it is not 0.
-    """
-    count = 1 if _forked else torch.get_num_threads()
-    return min(count, most) if most else count
+def threads() -> int:
+    """Returns how many threads a call takes: torch's number, but one in a forked child, where OpenMP's pool did not come along."""
+    return 1 if _forked else torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -181,13 +170,11 @@ class CppBackend:
     The shared object is built at the first call. ``fallback`` holds the torch functions that serve without a compiler.
     """
 
-    def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...], choice: Choice | None = None) -> None:
+    def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...]) -> None:
         header = Path(__file__).with_name("_sweeps.h")  # beside this file in a built package
         included = header.read_text(encoding="utf-8") if INCLUDE in source else ""
         self.spec, self.source, self.fallback = spec, trimmed(source).replace(INCLUDE, included), fallback
         self.loaded: ctypes.CDLL | Missing | None = None
-        self.choice = choice or Choice({})
-        self.tuned: dict[tuple[str, ...], ctypes.CDLL] = {}
         self.plans: dict[object, StepPlan] = {}
         self.entry: Callable[[int], int] | None = None  # of the step that writes in place
         self.heads = spec.outputs[0].head
@@ -206,25 +193,6 @@ class CppBackend:
                 warnings.warn(f"{self.spec.name} runs as torch code on the CPU, many times slower: {self.loaded.reason}", stacklevel=2)
         return None if isinstance(self.loaded, Missing) else self.loaded
 
-    def choose(self, of: str, dtype: torch.dtype, sizes: dict[str, int], tokens: int, tasks: int) -> Mapping[str, int]:
-        """Returns the tuned config of a call, empty where none was tuned."""
-        if not self.choice.rows:
-            return NOTHING
-        return self.choice.find(processor(), of, NAMES[dtype], tuple([(d, sizes[d]) for d in self.dims]), tokens, tasks)[0]
-
-    def library_of(self, config: Mapping[str, int]) -> ctypes.CDLL | None:
-        """Returns the shared object of a tuned config, built where needed; None as ``library``."""
-        told = defines(config) if config else ()
-        if not told or isinstance(self.loaded, Missing):
-            return self.library()
-        found = self.tuned.get(told)
-        if found is None:
-            built = build(self.source, self.spec.name, told)
-            if isinstance(built, Missing):
-                return self.library()
-            found = self.tuned[told] = ctypes.CDLL(str(built))
-        return found
-
     def measure(self, inputs: Tensors, params: Tensors, lead: int) -> dict[str, int]:
         """Reads the sizes of all dims off the tensors; ``lead`` counts the dims before the head."""
         sizes: dict[str, int] = {}
@@ -239,15 +207,15 @@ class CppBackend:
             sizes[dim] = measure(formula, sizes)
         return sizes
 
-    def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float, most: int = 0) -> list[int]:
-        """Returns the words in front of a call: sizes, threads (``most`` of them, where given) and scale."""
+    def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float, bounds: int = 0) -> list[int]:
+        """Returns the words in front of a call: sizes, threads, the address of packed sequences' ``bounds``, and scale."""
         bits = struct.unpack("q", struct.pack("d", scale))[0]
-        return [batch, time, sizes[self.heads], threads(most), 1, 0, bits, *(sizes[d] for d in self.dims)]
+        return [batch, time, sizes[self.heads], threads(), 1, 0, bounds, bits, *(sizes[d] for d in self.dims)]
 
-    def share(self, library: ctypes.CDLL, sizes: dict[str, int], batch: int, most: int = 0) -> Split:
+    def share(self, library: ctypes.CDLL, sizes: dict[str, int], batch: int) -> Split:
         """Returns how threads share a head where there are fewer heads than threads."""
         index = ctypes.c_int64.in_dll(library, "lagen_split").value
-        wanted = -(-threads(most) // max(1, batch * sizes[self.heads]))
+        wanted = -(-threads() // max(1, batch * sizes[self.heads]))
         if index < 0 or wanted < 2:
             return Split("", 1, 0)
         size = sizes[self.dims[index]]
@@ -255,37 +223,45 @@ class CppBackend:
         width = -(-vectors // wanted) * LANES
         return Split(self.dims[index], -(-size // width), width)
 
-    def run(self, library: ctypes.CDLL, name: str, words: Sequence[int]) -> None:
-        """Calls into a shared object; raises MemoryError where it lacks memory."""
+    def run(self, name: str, words: Sequence[int]) -> None:
+        """Calls into the shared object; raises MemoryError where it lacks memory."""
         packed = array.array("q", words)
+        library = self.library()
+        assert library is not None
         if library[name](ctypes.c_void_p(packed.buffer_info()[0])):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of {name}")
 
     def forward(
-        self, inputs: Tensors, params: Tensors, scale: float, initial_states: Tensors | None, output_final_state: bool
+        self,
+        inputs: Tensors,
+        params: Tensors,
+        scale: float,
+        initial_states: Tensors | None,
+        output_final_state: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensors, Tensors | None, Tensors]:
         """Computes outputs and final states."""
         first = inputs[0]
+        library = self.library() if first.is_cpu else None
+        if library is None:
+            return self.fallback[0](inputs, params, scale, initial_states, output_final_state, cu_seqlens)  # type: ignore[return-value]
         spec, (batch, time) = self.spec, first.shape[:2]
+        count, bounds, many = _sequences(batch, cu_seqlens)
         sizes = self.measure(inputs, params, 2)
         heads = sizes[self.heads]
-        config = self.choose("forward", first.dtype, sizes, time, batch * heads)
-        library, most = self.library_of(config) if first.is_cpu else None, config.get("threads", 0)
-        if library is None:
-            return self.fallback[0](inputs, params, scale, initial_states, output_final_state)  # type: ignore[return-value]
         held: list[Tensor] = []
-        words = self.head_words(sizes, batch, time, scale, most)
-        split = self.share(library, sizes, batch, most)
+        words = self.head_words(sizes, count, time, scale, bounds.data_ptr() if many else 0)
+        split = self.share(library, sizes, count)
         words[4:6] = (split.parts, split.width)
         for a, x in zip(spec.inputs, inputs, strict=True):
-            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes))
+            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes), many=many)
         for a, x in zip(spec.params, params, strict=True):
             words += _words(a, x, heads, sizes, 0, held, split.stride(a, sizes))
         outputs = tuple(first.new_empty(batch, time, *(sizes[d] for d in o.shape())) for o in spec.outputs)
         for a, x in zip(spec.outputs, outputs, strict=True):
-            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes))
+            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes), many=many)
         finals = (
-            tuple(first.new_empty(batch, *(sizes[d] for d in s.shape()), dtype=torch.float32) for s in spec.states)
+            tuple(first.new_empty(count, *(sizes[d] for d in s.shape()), dtype=torch.float32) for s in spec.states)
             if output_final_state
             else None
         )
@@ -296,7 +272,7 @@ class CppBackend:
                 else _words(a, initial_states[i].contiguous(), heads, sizes, 1, held, split.stride(a, sizes))
             )
             words += NO_TENSOR if finals is None else _words(a, finals[i], heads, sizes, 1, held, split.once(a, sizes))
-        self.run(library, "lagen_forward", words)
+        self.run("lagen_forward", words)
         return outputs, finals, ()
 
     def backward(
@@ -310,41 +286,42 @@ class CppBackend:
         final_states: Tensors | None,
         d_outputs: Tensors,
         d_final_states: Tensors | None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensors, Tensors, Tensors | None]:
         """Computes the gradients of inputs, params and initial states."""
         first = inputs[0]
-        spec, (batch, time) = self.spec, first.shape[:2]
-        sizes = self.measure(inputs, params, 2)
-        heads = sizes[self.heads]
-        config = self.choose("backward", first.dtype, sizes, time, batch * heads)
-        library, most = self.library_of(config) if first.is_cpu else None, config.get("threads", 0)
+        library = self.library() if first.is_cpu else None
         if library is None:
             return self.fallback[1](  # type: ignore[return-value]
-                inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states
+                inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states, cu_seqlens
             )
+        spec, (batch, time) = self.spec, first.shape[:2]
+        count, bounds, many = _sequences(batch, cu_seqlens)
+        sizes = self.measure(inputs, params, 2)
+        heads = sizes[self.heads]
         held: list[Tensor] = []
         absent = ctypes.c_int64.in_dll(library, "lagen_absent").value
-        words = self.head_words(sizes, batch, time, scale, most)
-        split = self.share(library, sizes, batch, most)
+        words = self.head_words(sizes, count, time, scale, bounds.data_ptr() if many else 0)
+        split = self.share(library, sizes, count)
         words[4:6] = (split.parts, split.width)
         gradients: list[Tensor | None] = []
         for i, (a, x) in enumerate(zip(spec.inputs + spec.params, inputs + params, strict=True)):
             token = i < len(inputs)
-            words += _words(a, x, heads, sizes, 2 if token else 0, held, split.stride(a, sizes))
+            words += _words(a, x, heads, sizes, 2 if token else 0, held, split.stride(a, sizes), many=many)
             if absent >> i & 1:
                 gradients.append(None)
                 words += NO_TENSOR
                 continue
-            lead = (batch, time) if token else (batch,)
+            lead = (batch, time) if token else (count,)
             front = split.lead(a)
             shared = sizes[a.head] != heads or not token or bool(front)
             shape = (*front, *lead, *((heads,) if shared else (sizes[a.head],) if a.head else ()), *(sizes[d] for d in a.dims))
             d = x.new_empty(shape, dtype=torch.float32 if shared else x.dtype)
             gradients.append(d)
             one, stride = (d[0], d[0].numel()) if front else (d, split.stride(a, sizes))
-            words += _words(a, one, heads, sizes, len(lead), held, stride, wide=shared)
+            words += _words(a, one, heads, sizes, len(lead), held, stride, wide=shared, many=many)
         for a, x in zip(spec.outputs, d_outputs, strict=True):
-            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes))
+            words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes), many=many)
         d_initial: list[Tensor] = []
         for i, a in enumerate(spec.states):
             if initial_states is None:
@@ -352,7 +329,7 @@ class CppBackend:
             else:
                 words += _words(a, initial_states[i].contiguous(), heads, sizes, 1, held, split.stride(a, sizes))
                 front = split.lead(a)
-                d = first.new_empty((*front, batch, heads, *(sizes[d] for d in a.dims)), dtype=torch.float32)
+                d = first.new_empty((*front, count, heads, *(sizes[d] for d in a.dims)), dtype=torch.float32)
                 d_initial.append(d)
                 one, stride = (d[0], d[0].numel()) if front else (d, split.stride(a, sizes))
                 words += _words(a, one, heads, sizes, 1, held, stride, wide=True)
@@ -361,7 +338,7 @@ class CppBackend:
                 if d_final_states is None
                 else _words(a, d_final_states[i].contiguous(), heads, sizes, 1, held, split.once(a, sizes))
             )
-        self.run(library, "lagen_backward", words)
+        self.run("lagen_backward", words)
         n = len(inputs)
         given = spec.inputs + spec.params
         gradients = [d.sum(0) if d is not None and split.lead(a) else d for a, d in zip(given, gradients, strict=True)]
@@ -419,18 +396,34 @@ class CppBackend:
         return StepPlan(array.array("q", words), tuple(slots), shapes)
 
 
+def _sequences(batch: int, cu_seqlens: Tensor | None) -> tuple[int, Tensor, bool]:
+    """Returns how many sequences there are, where packed ones begin, and whether they are packed."""
+    if cu_seqlens is None:
+        return batch, torch.empty(0), False
+    return cu_seqlens.shape[0] - 1, cu_seqlens.to(torch.int64).contiguous(), True
+
+
 def _words(
-    a: Argument, x: Tensor, heads: int, sizes: dict[str, int], lead: int, held: list[Tensor], part: int = 0, wide: bool = False
+    a: Argument,
+    x: Tensor,
+    heads: int,
+    sizes: dict[str, int],
+    lead: int,
+    held: list[Tensor],
+    part: int = 0,
+    wide: bool = False,
+    many: bool = False,
 ) -> Sequence[int]:
     """Describes a tensor: address, dtype, strides of batch, time and head, heads of the loop that share one of its own, stride of slices.
 
-    ``lead`` counts the dims before the head (batch and time, batch, none); ``wide`` tells that it has a row for every head of the loop.
+    ``lead`` counts the dims before the head (batch and time, batch, none); ``wide`` tells that it has a row for every head of the loop,
+    ``many`` that sequences are packed along time.
     """
     if a.dims and x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     held.append(x)
     strides = x.stride()
-    batch = strides[0] if lead else 0
+    batch = strides[0] if lead and not (many and lead == 2) else 0
     time = strides[1] if lead == 2 else 0
     own = heads if wide else sizes[a.head]
     head = strides[lead] if wide or a.head else 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lagen.runtime.packed import check_bounds
 from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors
 
 Flat = Tensor | Tensors  # an operator with one result returns it bare
@@ -28,13 +29,14 @@ ORDER = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 class Backend:
     """Three plain functions over tuples of tensors in spec order.
 
-    forward(inputs, params, scale, initial_states, output_final_state) -> (outputs, final_states or None, saved)
-    backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states)
+    forward(inputs, params, scale, initial_states, output_final_state, cu_seqlens) -> (outputs, final_states or None, saved)
+    backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states, cu_seqlens)
         -> (d_inputs, d_params, d_initial_states or None)
     step(inputs, params, scale, states) -> outputs; writes the states in place
 
     What they return is new and contiguous. ``saves`` counts the saved tensors; ``saved``, called as forward is, returns them
     uninitialised (under FakeTensor, so only their shapes). ``keeps_outputs``: the backward reads outputs and final states.
+    ``host``: cu_seqlens is read on the host, so the caller's copy is handed over where there is one.
     """
 
     forward: Callable[..., tuple[Tensors, Tensors | None, Tensors]]
@@ -44,6 +46,7 @@ class Backend:
     saved: Callable[..., Tensors] | None = None
     keeps_outputs: bool = True
     doubles: bool = False  # takes float64
+    host: bool = False
 
 
 def state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -67,7 +70,7 @@ class Dispatch:
         self.spec, self.backends = spec, backends
         self.names = tuple(a.name for a in spec.inputs + spec.params)
         self.tensors, self.states, self.outputs = len(self.names), len(spec.states), len(spec.outputs)
-        self.made = self.outputs + self.states
+        self.made, self.given = self.outputs + self.states, self.tensors + self.states + 2
         self.saves = max(b.saves for b in backends.values())
         self.order = {device: tuple(b for b in order if b in backends) for device, order in ORDER.items()}
         base = f"{spec.name}_{spec.digest}"
@@ -96,10 +99,10 @@ class Dispatch:
                 break
         return self.backends[order[0]]
 
-    def direct(self, name: str, scale: float, keep: bool, tensors: Tensors, states: Tensors | None) -> Tensors:
+    def direct(self, name: str, scale: float, keep: bool, tensors: Tensors, states: Tensors | None, cu_seqlens: Tensor | None) -> Tensors:
         """Runs a backend past the dispatcher, differentiably: on meta tensors, where the operators only make shapes."""
         apply: Callable[..., Tensors] = _Direct.apply
-        return apply(self, self.backends[name], scale, keep, *tensors, *(states or ()))
+        return apply(self, self.backends[name], scale, keep, cu_seqlens, *tensors, *(states or ()))
 
     def direct_step(self, name: str, scale: float, tensors: Tensors, states: Tensors) -> Tensors:
         """Runs a backend's step past the dispatcher."""
@@ -114,6 +117,7 @@ class Dispatch:
         saved = [f"Tensor saved{i}" for i in range(self.saves)]
         made = [f"Tensor? made_{o.name}" for o in spec.outputs] + [f"Tensor? final_{s.name}" for s in spec.states]
         cotangents = [f"Tensor? d_{o.name}" for o in spec.outputs] + [f"Tensor? d_final_{s.name}" for s in spec.states]
+        initial += ["Tensor? cu_seqlens", "Tensor? cu_seqlens_cpu"]
         settings = ["float scale", "bool output_final_state", "str backend"]
 
         def define(name: str, arguments: list[str], results: int, run: Callable[..., Flat], fake: Callable[..., Flat]) -> None:
@@ -144,7 +148,11 @@ class Dispatch:
         tensors = args[: self.tensors]
         scale, keep, name = args[-3:]
         backend = self.pick(name, tensors)
-        outputs, finals, saved = backend.forward(*self.split(tensors), scale, self._initial(args), keep)
+        cu_seqlens, copy = args[self.given - 2 : self.given]
+        if cu_seqlens is not None:
+            self.check_sequences(cu_seqlens, copy, tensors)
+            cu_seqlens = _where(backend, cu_seqlens, copy)
+        outputs, finals, saved = backend.forward(*self.split(tensors), scale, self._initial(args), keep, cu_seqlens)
         assert len(saved) == backend.saves, f"{self.spec.name}: {len(saved)} tensors saved, {backend.saves} declared"
         return self._filled(outputs, finals, saved, tensors[0])
 
@@ -156,6 +164,12 @@ class Dispatch:
         absent = self.made + self.saves - len(flat)
         return _flat((*flat, *[like.new_empty(0) for _ in range(absent)]) if absent else flat)
 
+    def check_sequences(self, cu_seqlens: Tensor, copy: Tensor | None, tensors: Tensors, wait: bool = False) -> None:
+        """Checks the values of cu_seqlens where the host can read them: on the CPU, in the caller's copy, or if it may ``wait``."""
+        seen = copy if copy is not None else cu_seqlens
+        if seen.device.type == "cpu" or wait:
+            check_bounds(self.spec.name, seen.tolist(), tensors[0].shape[1])
+
     def _sizes(self, tensors: Tensors, *lead: str) -> Sizes:
         sizes = Sizes(self.spec)
         sizes.meet_all(tensors, lead)
@@ -166,9 +180,11 @@ class Dispatch:
         tensors = args[: self.tensors]
         scale, keep, name = args[-3:]
         backend, sizes, first = self.pick(name, tensors), self._sizes(tensors, "B", "T"), tensors[0]
+        cu_seqlens = args[self.given - 2]
+        many = sizes.meet_sequences(cu_seqlens)
         outputs = tuple(first.new_empty(sizes.shape(o, "B", "T")) for o in self.spec.outputs)
-        finals = tuple(first.new_empty(sizes.shape(s, "B"), dtype=state_dtype(tensors)) for s in self.spec.states)
-        saved = backend.saved(*self.split(tensors), scale, self._initial(args), keep) if backend.saved else ()
+        finals = tuple(first.new_empty(sizes.shape(s, many), dtype=state_dtype(tensors)) for s in self.spec.states)
+        saved = backend.saved(*self.split(tensors), scale, self._initial(args), keep, cu_seqlens) if backend.saved else ()
         return self._filled(outputs, finals if keep else None, saved, first)
 
     # -- backward --
@@ -185,7 +201,7 @@ class Dispatch:
 
     def _derive(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Calls the backward operator; returns a gradient for every tensor."""
-        given = self.tensors + self.states
+        given = self.given
         stored = list(ctx.saved_tensors)  # once: each look unpacks them, which activation checkpointing refuses to do twice
         kept, made = stored[: given + self.saves], stored[given + self.saves :]
         made += [None] * (self.made - len(made))
@@ -193,35 +209,44 @@ class Dispatch:
         if not ctx.keep:
             d_made[self.outputs :] = [None] * self.states
         flat = as_tuple(self.backward(*kept, *made, *d_made, ctx.scale, ctx.backend))
-        d_states = [None if s is None else d for s, d in zip(kept[self.tensors : given], flat[self.tensors :], strict=True)]
-        return (*flat[: self.tensors], *d_states, None, None, None)
+        d_states = [None if s is None else d for s, d in zip(kept[self.tensors : given - 2], flat[self.tensors :], strict=True)]
+        return (*flat[: self.tensors], *d_states, None, None, None, None, None)
 
     def _backward(self, *args: Any) -> Flat:
         """Runs a backend's backward; cotangents that are absent are zeros, those of final states may be absent together."""
         tensors, first = args[: self.tensors], args[0]
         scale, name = args[-2:]
         backend, initial = self.pick(name, tensors), self._initial(args)
-        rest = args[self.tensors + self.states : -2]
+        cu_seqlens, copy = args[self.given - 2 : self.given]
+        rest = args[self.given : -2]
         saved, made, cotangents = rest[: backend.saves], rest[self.saves : self.saves + self.made], rest[self.saves + self.made :]
         d_outputs, d_last = tuple(cotangents[: self.outputs]), tuple(cotangents[self.outputs :])
         if any(d is None for d in d_outputs):
-            d_outputs = self._dense(d_outputs, self.spec.outputs, ("B", "T"), first.dtype, tensors)
+            d_outputs = self._dense(d_outputs, self.spec.outputs, first.dtype, tensors, None, "T")
         d_finals: Tensors | None = None
         if any(d is not None for d in d_last):
-            d_finals = self._dense(d_last, self.spec.states, ("B",), state_dtype(tensors), tensors)
+            d_finals = self._dense(d_last, self.spec.states, state_dtype(tensors), tensors, cu_seqlens)
         outputs, finals = (tuple(x for x in part if x is not None) for part in (made[: self.outputs], made[self.outputs :]))
+        sequences = None if cu_seqlens is None else _where(backend, cu_seqlens, copy)
         d_inputs, d_params, d_states = backend.backward(
-            *self.split(tensors), scale, initial, saved, outputs, finals or None, d_outputs, d_finals
+            *self.split(tensors), scale, initial, saved, outputs, finals or None, d_outputs, d_finals, sequences
         )
         if d_states is None:
             d_states = tuple(first.new_empty(0) for _ in range(self.states))
         return _flat((*d_inputs, *d_params, *d_states))
 
     def _dense(
-        self, given: Sequence[Tensor | None], arguments: Sequence[Argument], lead: tuple[str, ...], dtype: torch.dtype, tensors: Tensors
+        self,
+        given: Sequence[Tensor | None],
+        arguments: Sequence[Argument],
+        dtype: torch.dtype,
+        tensors: Tensors,
+        cu_seqlens: Tensor | None,
+        *time: str,
     ) -> Tensors:
         """Puts zeros for the cotangents that are absent."""
         sizes = self._sizes(tensors, "B", "T")
+        lead = (sizes.meet_sequences(cu_seqlens), *time)
         pairs = zip(given, arguments, strict=True)
         return tuple(tensors[0].new_zeros(sizes.shape(a, *lead), dtype=dtype) if d is None else d for d, a in pairs)
 
@@ -251,6 +276,11 @@ class Dispatch:
         return _flat(tuple(tensors[0].new_empty(sizes.shape(o, "B")) for o in self.spec.outputs))
 
 
+def _where(backend: Backend, cu_seqlens: Tensor, copy: Tensor | None) -> Tensor:
+    """Returns cu_seqlens where the backend reads it."""
+    return copy if backend.host and copy is not None else cu_seqlens
+
+
 def _step_of(backend: Backend, name: str) -> Callable[..., Tensors]:
     if backend.step is None:
         raise ArgumentError(f"the backend {name or 'of this device'} has no decode step")
@@ -261,13 +291,15 @@ class _Direct(torch.autograd.Function):
     """A backend's forward and backward as they are."""
 
     @staticmethod
-    def forward(ctx: Any, dispatch: Dispatch, backend: Backend, scale: float, keep: bool, *tensors: Tensor) -> Tensors:
+    def forward(
+        ctx: Any, dispatch: Dispatch, backend: Backend, scale: float, keep: bool, cu_seqlens: Tensor | None, *tensors: Tensor
+    ) -> Tensors:
         """Runs the backend's forward over inputs, params and, where given, initial states."""
         n = dispatch.tensors
-        outputs, finals, saved = backend.forward(*dispatch.split(tensors[:n]), scale, tensors[n:] or None, keep)
+        outputs, finals, saved = backend.forward(*dispatch.split(tensors[:n]), scale, tensors[n:] or None, keep, cu_seqlens)
         ctx.save_for_backward(*tensors, *saved, *outputs, *(finals or ()))
         ctx.counts = (len(tensors), len(saved), len(outputs))
-        ctx.dispatch, ctx.backend, ctx.scale = dispatch, backend, scale
+        ctx.dispatch, ctx.backend, ctx.scale, ctx.cu_seqlens = dispatch, backend, scale, cu_seqlens
         return (*outputs, *(finals or ()))
 
     @staticmethod
@@ -279,6 +311,6 @@ class _Direct(torch.autograd.Function):
         inputs, params = ctx.dispatch.split(tensors[:n])
         initial, rest = tensors[n:] or None, (cotangents[:made], cotangents[made:] or None)
         d_inputs, d_params, d_states = ctx.backend.backward(
-            inputs, params, ctx.scale, initial, kept[given : given + saved], outputs, finals, *rest
+            inputs, params, ctx.scale, initial, kept[given : given + saved], outputs, finals, *rest, ctx.cu_seqlens
         )
-        return (None, None, None, None, *d_inputs, *d_params, *(d_states or ()))
+        return (None, None, None, None, None, *d_inputs, *d_params, *(d_states or ()))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lagen.runtime.dispatch import Backend, Dispatch, as_tuple, state_dtype
+from lagen.runtime.packed import each_forward
 from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors, check_kind, measure
 
 __all__ = ["Argument", "ArgumentError", "Backend", "Operator", "OperatorSpec"]
@@ -56,6 +58,8 @@ class Operator:
         scale: float | None = None,
         initial_state: Returned | None = None,
         output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
         backend: str | None = None,
         check: bool = False,
         **named: Tensor,
@@ -63,6 +67,10 @@ class Operator:
         """Computes the outputs of whole sequences, and with ``output_final_state`` the states behind them.
 
         Returns o, or (o, state); a tuple stands for o or state where the spec has several. ``scale`` defaults to K ** -0.5.
+        ``cu_seqlens``, int32 or int64 on the inputs' device: B is 1 and sequence n runs from token cu_seqlens[n] to cu_seqlens[n + 1],
+        empty or not; states are [sequences, *head, *dims]. That it runs from 0 to T and never back is checked where the host can read
+        it: on the CPU, in ``cu_seqlens_cpu`` (a copy that the caller keeps there), or with ``check``, which waits for the GPU; else a
+        GPU's is taken as it is, and what is wrong in it reads and writes other memory. A torch backend on a GPU wants the copy, or waits.
         ``backend``: "triton", "cpp", "torch" or "oracle"; None takes what suits the device. ``check`` tests the spec's assumptions
         on the values. Raises ArgumentError before anything is launched.
         """
@@ -70,18 +78,25 @@ class Operator:
         if named or len(args) != len(self._names):
             args = self._bind(args, named)
         states = self._states(initial_state)
-        self._check(args, states, scale, output_final_state, backend, ("B", "T"))
+        if cu_seqlens is not None or cu_seqlens_cpu is not None:
+            self._check_sequences(args, cu_seqlens, cu_seqlens_cpu)
+        self._check(args, states, scale, output_final_state, backend, ("B", "T"), cu_seqlens)
         factor = self._scale(args) if scale is None else float(scale)
         if check:
+            if cu_seqlens is not None:
+                dispatch.check_sequences(cu_seqlens, cu_seqlens_cpu, args, wait=True)
             self._test(args, factor)
         if backend == "oracle":
-            outputs, finals = self._oracle(args, factor, states)
+            if cu_seqlens is not None:
+                dispatch.check_sequences(cu_seqlens, cu_seqlens_cpu, args, wait=True)
+            outputs, finals = self._oracle(args, factor, states, cu_seqlens)
         else:
             if backend is not None and args[0].device.type == "meta":
-                flat = dispatch.direct(backend, factor, output_final_state, args, states)
+                flat = dispatch.direct(backend, factor, output_final_state, args, states, cu_seqlens)
             else:
                 given = states if states is not None else (None,) * len(spec.states)
-                flat = as_tuple(dispatch.forward(*args, *given, factor, output_final_state, backend or ""))
+                sequences = (cu_seqlens, cu_seqlens_cpu)
+                flat = as_tuple(dispatch.forward(*args, *given, *sequences, factor, output_final_state, backend or ""))
             outputs, finals = flat[: dispatch.outputs], flat[dispatch.outputs : dispatch.made]
         o = outputs[0] if len(outputs) == 1 else outputs
         if not output_final_state:
@@ -121,7 +136,7 @@ class Operator:
         factor = self._scale(tensors) if scale is None else float(scale)
         if backend == "oracle":
             whole = tuple(x.unsqueeze(1) if i < len(spec.inputs) else x for i, x in enumerate(tensors))
-            outputs, finals = self._oracle(whole, factor, states)
+            outputs, finals = self._oracle(whole, factor, states, None)
             outputs = tuple(o.squeeze(1) for o in outputs)
             for old, new in zip(states, finals, strict=True):
                 old.copy_(new)
@@ -186,23 +201,50 @@ class Operator:
             raise ArgumentError(f"{name}: the number of states is {len(given)}; it wants {len(wanted)} ({listed})")
         return given
 
+    def _check_sequences(self, tensors: Tensors, cu_seqlens: object, copy: object) -> None:
+        """Checks shape, dtype and device of cu_seqlens and its copy; raises ArgumentError."""
+        name, first = self.spec.name, tensors[0]
+        if cu_seqlens is None:
+            raise ArgumentError(f"{name}: cu_seqlens_cpu is given without cu_seqlens, of which it is a copy")
+        pairs = [("cu_seqlens", cu_seqlens, first.device)] + [("cu_seqlens_cpu", copy, torch.device("cpu"))] * (copy is not None)
+        for what, x, device in pairs:
+            check_kind(name, what, x, (torch.int32, torch.int64), device)
+            if isinstance(x, Tensor) and (x.dim() != 1 or not x.shape[0]):
+                raise ArgumentError(f"{name}: {what} is {list(x.shape)}; it wants one dim of sequences + 1 numbers")
+        if first.dim() and first.shape[0] != 1:
+            raise ArgumentError(f"{name}: {self._names[0]} has B = {first.shape[0]}; with cu_seqlens it wants B = 1, all packed along T")
+
     def _check(
-        self, tensors: Tensors, states: Tensors | None, scale: float | None, keep: bool, backend: str | None, lead: tuple[str, ...]
+        self,
+        tensors: Tensors,
+        states: Tensors | None,
+        scale: float | None,
+        keep: bool,
+        backend: str | None,
+        lead: tuple[str, ...],
+        cu_seqlens: Tensor | None = None,
     ) -> None:
         """Validates a call whose shapes, dtypes and devices were not seen before."""
         if torch.compiler.is_compiling():
-            self._validate(tensors, states, scale, keep, backend, lead)
+            self._validate(tensors, states, scale, keep, backend, lead, cu_seqlens)
             return
         found = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in (*tensors, *(states or ()))]
-        key = (backend, scale is None, keep, len(lead), *found)
+        key = (backend, scale is None, keep, len(lead), None if cu_seqlens is None else cu_seqlens.shape, *found)
         if key not in self._seen:
-            self._validate(tensors, states, scale, keep, backend, lead)
+            self._validate(tensors, states, scale, keep, backend, lead, cu_seqlens)
             if len(self._seen) >= SEEN:
                 self._seen.clear()
             self._seen.add(key)
 
     def _validate(
-        self, tensors: Tensors, states: Tensors | None, scale: float | None, keep: bool, backend: str | None, lead: tuple[str, ...]
+        self,
+        tensors: Tensors,
+        states: Tensors | None,
+        scale: float | None,
+        keep: bool,
+        backend: str | None,
+        lead: tuple[str, ...],
+        cu_seqlens: Tensor | None,
     ) -> None:
         """Checks all arguments; raises ArgumentError."""
         spec = self.spec
@@ -219,9 +261,10 @@ class Operator:
             check_kind(spec.name, a.name, x, (*HALVES, torch.float64) if doubles else HALVES, device)
         sizes = Sizes(spec)
         sizes.meet_all(tensors, lead)
+        many = sizes.meet_sequences(cu_seqlens)
         for s, x in zip(spec.states, states or (), strict=False):
             check_kind(spec.name, f"state {s.name}", x, (state_dtype(tensors),), device)
-            sizes.meet(f"state {s.name}", x, s.shape("B"))
+            sizes.meet(f"state {s.name}", x, s.shape(many))
 
     def _check_backend(self, backend: str, device: torch.device) -> None:
         """Raises ArgumentError where a forced backend does not exist or cannot run on ``device``."""
@@ -253,14 +296,18 @@ class Operator:
             if wrong:
                 raise ArgumentError(f"{self.spec.name}: the spec assumes {text}; it does not hold at {wrong} of {places.numel()} places")
 
-    def _oracle(self, tensors: Tensors, scale: float, states: Tensors | None) -> tuple[Tensors, Tensors]:
+    def _oracle(self, tensors: Tensors, scale: float, states: Tensors | None, cu_seqlens: Tensor | None) -> tuple[Tensors, Tensors]:
         """Evaluates the spec token by token in float64, differentiably; raises ArgumentError where lagen is not installed."""
         try:
             reader, oracle = import_module("lagen.spec.read"), import_module("lagen.verify.oracle")
         except ModuleNotFoundError as missing:
             raise ArgumentError(f"{self.spec.name}: backend 'oracle' wants the package lagen, which is not installed") from missing
         variant = reader.read_text(self.spec.source, self.spec.name)
-        outputs, finals = oracle.oracle(variant, *self._dispatch.split(tensors), scale, states, self.spec.causal)
+
+        def run(*given: Any) -> Any:
+            return *oracle.oracle(variant, *given), ()
+
+        outputs, finals, _ = each_forward(run)(*self._dispatch.split(tensors), scale, states, self.spec.causal, cu_seqlens)
         first, kept = tensors[0], state_dtype(tensors)
         return tuple(o.to(first.device, first.dtype) for o in outputs), tuple(s.to(first.device, kept) for s in finals or ())
 

@@ -97,6 +97,13 @@ class Sizes:
             self.meet(a.name, x, a.shape(*lead) if i < len(self.spec.inputs) else a.shape())
         self.finish()
 
+    def meet_sequences(self, cu_seqlens: Tensor | None) -> str:
+        """Takes the number of sequences; returns the name of the states' first dim."""
+        if cu_seqlens is None:
+            return "B"
+        self.known["NSEQ"], self.source["NSEQ"] = cu_seqlens.shape[0] - 1, "cu_seqlens"
+        return "NSEQ"
+
     def finish(self) -> None:
         """Completes head and derived dims; raises ArgumentError where HV is no multiple of H."""
         known = self.known

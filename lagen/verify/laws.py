@@ -6,10 +6,11 @@ whatever stands behind it: any backend, any schedule. Each tensor of each case g
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,14 +79,17 @@ def _tuple(x: object) -> Tensors:
     return x if isinstance(x, tuple) else (x,)
 
 
-def call(subject: Subject, scale: float | None) -> Run:
-    """Wraps the operator as a function of tuples."""
+def call(subject: Subject, scale: float | None, lengths: tuple[int, ...] = ()) -> Run:
+    """Wraps the operator as a function of tuples; with ``lengths``, of sequences packed behind each other."""
     variant = subject.variant
+    packed: dict[str, Any] = {}
+    if lengths:
+        packed["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=subject.device)
 
     def run(inputs: Tensors, params: Tensors, states: Tensors | None) -> tuple[Tensors, Tensors | None]:
         state = states if states is None or len(states) != 1 else states[0]
         keep = variant.causal
-        got = subject.op(*inputs, *params, scale=scale, initial_state=state, output_final_state=keep, backend=subject.backend)
+        got = subject.op(*inputs, *params, scale=scale, initial_state=state, output_final_state=keep, backend=subject.backend, **packed)
         if not keep:
             return _tuple(got), None
         assert isinstance(got, tuple), f"{variant.name} was asked for its final state"
@@ -111,6 +115,31 @@ def _segments(run: Run, cuts: tuple[int, ...]) -> Run:
         return tuple(torch.cat(parts, 1) for parts in zip(*rows, strict=True)), states
 
     return cut
+
+
+def apart(run: Run, lengths: tuple[int, ...]) -> Run:
+    """Runs packed sequences each by itself, from its own state."""
+
+    def separate(inputs: Tensors, params: Tensors, states: Tensors | None) -> tuple[Tensors, Tensors | None]:
+        edges = [0, *itertools.accumulate(lengths)]
+        made = []
+        for n, (start, end) in enumerate(itertools.pairwise(edges)):
+            own = None if states is None else tuple(s[n : n + 1] for s in states)
+            made.append(run(tuple(x[:, start:end] for x in inputs), params, own))
+        outputs = tuple(torch.cat(parts, 1) for parts in zip(*(o for o, _ in made), strict=True))
+        finals = [f for _, f in made if f is not None]
+        return outputs, tuple(torch.cat(parts) for parts in zip(*finals, strict=True)) if finals else None
+
+    return separate
+
+
+def pack(case: Case, lengths: tuple[int, ...]) -> Case:
+    """Packs the first tokens of each batch element, as many as ``lengths`` says."""
+
+    def packed(xs: Tensors) -> Tensors:
+        return tuple(torch.cat([x[n, :length] for n, length in enumerate(lengths)])[None] for x in xs)
+
+    return replace(case, inputs=packed(case.inputs), d_outputs=packed(case.d_outputs))
 
 
 def _strided(run: Run) -> Run:
@@ -172,11 +201,24 @@ def _to(case: Case, device: str) -> Case:
     )
 
 
-def judge(law: str, subject: Subject, case: Case, run: Run, scale: float | None = None, gradients: bool = True, note: str = "") -> Judged:
-    """Compares all that comes of a case with the oracle, and where that is off by more than the base, with the yardstick."""
+def judge(
+    law: str,
+    subject: Subject,
+    case: Case,
+    run: Run,
+    scale: float | None = None,
+    gradients: bool = True,
+    note: str = "",
+    lengths: tuple[int, ...] = (),
+) -> Judged:
+    """Compares all that comes of a case with the oracle, and where that is off by more than the base, with the yardstick.
+
+    With ``lengths`` the case is of packed sequences, and the oracle runs through each by itself.
+    """
 
     def recurrence(dtype: torch.dtype) -> dict[str, Tensor]:
-        return tensors(_recurrence(variant, scale, dtype, bool(case.d_states)), variant, case, gradients, dtype)
+        wanted = _recurrence(variant, scale, dtype, bool(case.d_states))
+        return tensors(apart(wanted, lengths) if lengths else wanted, variant, case, gradients, dtype)
 
     variant = subject.variant
     wanted, got = recurrence(torch.float64), tensors(run, variant, _to(case, subject.device), gradients)
@@ -244,6 +286,14 @@ def _test_segments(law: str, subject: Subject, thorough: bool) -> Judged:
         yield from judge(law, subject, case, run, note=f", cut at {', '.join(map(str, cuts))}")
 
 
+def _test_packed(law: str, subject: Subject, thorough: bool) -> Judged:
+    c = subject.variant.chunk_default
+    lengths = (0, 3, 0, c, c + 7, 1, 0) if thorough else (3, 0, c + 1)
+    case = cases.make(subject.variant, Extent(max(lengths), batch=len(lengths), heads=1), carried=True, seed=8)
+    run = call(subject, None, lengths)
+    yield from judge(law, subject, pack(case, lengths), run, note=f", lengths {', '.join(map(str, lengths))}", lengths=lengths)
+
+
 def _test_steps(law: str, subject: Subject, thorough: bool) -> Judged:
     if subject.backend == "oracle":  # which has no step of its own
         return
@@ -296,6 +346,7 @@ LAWS: tuple[Law, ...] = (
     Law("half precision", "no worse than a few times the recurrence in the same dtype", _test_half),
     Law("heads", "batches and groups of heads stay apart, dims of any size, any scale", _test_heads),
     Law("segments", "any segmentation with carried state is the whole, forward and backward", _test_segments, causal=True),
+    Law("packed", "sequences packed behind each other are those apart, forward and backward", _test_packed),
     Law("steps", "token by token is the whole", _test_steps, causal=True),
     Law("future", "what follows changes nothing before it", _test_future, causal=True),
     Law("strides", "views in any memory order give the same", _test_strides),
