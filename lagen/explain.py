@@ -68,9 +68,23 @@ def family(recurrence: Recurrence) -> str:
         words.append("exclusive read")
     elif any(r.attr("at") == "decayed" for r in of_main):
         words.append("read before the write")
-    if len(main.writes) > 1:
-        words.append(f"{len(main.writes)} writes a token")
+    plain = len(main.writes) - len(main.solves)
+    if main.solves:
+        words.append(_correction_words(main, of_main[0].attr("dim") if of_main else ""))
+    if plain > 1:
+        words.append(f"{plain} writes a token")
     return ", ".join(words)
+
+
+def _correction_words(state: State, contracted: str) -> str:
+    """Names the low-rank part of a transition: how many corrections, whether they replace what they read, which past they read."""
+    n = len(state.solves)
+    words = "delta rule" if all(u.base != E.ZERO for u in state.solves) else "low-rank transition"
+    words = words if n == 1 else f"{words}, {n} corrections a token"
+    if any(r.attr("dim") != contracted for u in state.solves for r in u.reads):
+        words = f"mirrored {words}"
+    undecayed = state.decay and any(r.attr("at") == "previous" for u in state.solves for r in u.reads)
+    return f"{words} on the undecayed past" if undecayed else words
 
 
 def _decay_words(state: State, contracted: str) -> str:
@@ -107,19 +121,12 @@ def _variant(made: Made) -> str:
 
 def _recurrence(made: Made) -> str:
     r = made.recurrence
-    roots = (
-        [x for s in r.states for w in s.writes for x in (w.row, w.col)] + [g for s in r.states for g in s.decay] + [e for _, e in r.outputs]
-    )
-    print_, lines = _printer(r.states, made, roots)
+    print_, lines = _printer(r.states, made, [x for s in r.states for x in s.operands] + [e for _, e in r.outputs])
     for s in r.states:
-        lines.append(print_.state(s))
+        lines += [*print_.solved(s), print_.state(s)]
     lines += [f"{name}[t] = {print_.text(e)}" for name, e in r.outputs]
     proofs = list(r.proofs) or ["no state decays" if r.states[0].causal else "not causal: sums over all tokens, nothing decays"]
     return _section("recurrence", lines) + "\n" + _section("decay", proofs)
-
-
-def _operands(states: tuple[State, ...]) -> list[Expr]:
-    return [x for s in states for x in (*s.decay, *(y for w in s.writes for y in (w.row, w.col)))]
 
 
 def _printer(states: tuple[State, ...], made: Made, roots: list[Expr]) -> tuple[Mathematics, list[str]]:
@@ -153,8 +160,9 @@ def _chunk(made: Made) -> str:
 
 def _adjoint(made: Made) -> str:
     a = made.adjoint
-    printer, lines = _printer(made.recurrence.states + a.states, made, _operands(a.states) + [e for _, e in a.gradients])
-    lines += [printer.state(s) for s in a.states]
+    roots = [x for s in a.states for x in s.operands] + [e for _, e in a.gradients]
+    printer, lines = _printer(made.recurrence.states + a.states, made, roots)
+    lines += [x for s in a.states for x in (*printer.solved(s), printer.state(s))]
     lines += [f"d{name} = {printer.text(e)}" for name, e in a.gradients]
     return _section("adjoint", lines)
 
@@ -162,7 +170,10 @@ def _adjoint(made: Made) -> str:
 def _plan(made: Made) -> str:
     from lagen.passes.plan import plan
 
-    planned = plan(made.recurrence, made.adjoint)
+    try:
+        planned = plan(made.recurrence, made.adjoint)
+    except NotImplementedError as missing:
+        return _section("plan", [f"no Triton kernels: {missing}"])
     return str(planned) + ("\n" + _forms() if planned.borders else "")
 
 

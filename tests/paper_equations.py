@@ -174,16 +174,153 @@ def gated_rfa(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor) -> Tensor:
     return top / bottom
 
 
+def transitions(q: Tensor, steps: Callable[[Tensor, int], Tensor], size: int) -> Tensor:
+    """Returns o_t = S_t^T q_t, where steps(S, t) makes S_t [B, H, K, V] of S_{t-1}; S_0 = 0."""
+    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], size)
+    out = []
+    for t in range(q.shape[1]):
+        state = steps(state, t)
+        out.append((state.transpose(-1, -2) @ q[:, t].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(out, 1)
+
+
+def rank_one(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a b^T."""
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def householder(k: Tensor, beta: Tensor) -> Tensor:
+    """Returns I - beta k k^T."""
+    return torch.eye(k.shape[-1], dtype=k.dtype) - beta[..., None, None] * rank_one(k, k)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Returns x / sqrt(|x|^2 + 1e-6)."""
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """arXiv:2406.06484, eq. 4: S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T."""
+
+    def step(s: Tensor, t: int) -> Tensor:
+        return householder(k[:, t], beta[:, t]) @ s + beta[:, t, :, None, None] * rank_one(k[:, t], v[:, t])
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """arXiv:2412.06464: S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T; heads of q and k serve neighbours."""
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+
+    def step(s: Tensor, t: int) -> Tensor:
+        decayed = g[:, t].exp()[..., None, None] * householder(k[:, t], beta[:, t]) @ s
+        return decayed + beta[:, t, :, None, None] * rank_one(k[:, t], v[:, t])
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def gated_deltaproduct(
+    q: Tensor, k1: Tensor, v1: Tensor, b1: Tensor, k2: Tensor, v2: Tensor, b2: Tensor, a: Tensor, A_log: Tensor, dt_bias: Tensor
+) -> Tensor:
+    """arXiv:2502.10297: S_t = alpha_t A_2 A_1 S_{t-1} + beta_1 A_2 k_1 v_1^T + beta_2 k_2 v_2^T with A_i = I - beta_i k_i k_i^T."""
+    alpha = (-A_log.exp() * (1 + (a + dt_bias).exp()).log()).exp()
+    (n1, beta1), (n2, beta2) = ((unit(k), 2 / (1 + (-b).exp())) for k, b in ((k1, b1), (k2, b2)))
+
+    def step(s: Tensor, t: int) -> Tensor:
+        first = householder(n1[:, t], beta1[:, t]) @ (alpha[:, t, :, None, None] * s)
+        first = first + beta1[:, t, :, None, None] * rank_one(n1[:, t], v1[:, t])
+        return householder(n2[:, t], beta2[:, t]) @ first + beta2[:, t, :, None, None] * rank_one(n2[:, t], v2[:, t])
+
+    return transitions(unit(q), step, v1.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """arXiv:2510.26692, eq. 1: S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T."""
+
+    def step(s: Tensor, t: int) -> Tensor:
+        decayed = g[:, t].exp().unsqueeze(-1) * s
+        return householder(k[:, t], beta[:, t]) @ decayed + beta[:, t, :, None, None] * rank_one(k[:, t], v[:, t])
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def comba(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """arXiv:2506.02475: S_t = (alpha_t - beta_t k_t p_t^T) S_{t-1} + beta_t k_t v_t^T, p = sigmoid(b) k, read by q - d k."""
+    p = k / (1 + (-b).exp()).unsqueeze(-1)
+
+    def step(s: Tensor, t: int) -> Tensor:
+        fed = beta[:, t, :, None, None] * rank_one(k[:, t], p[:, t])
+        move = g[:, t].exp()[..., None, None] * torch.eye(k.shape[-1], dtype=k.dtype) - fed
+        return move @ s + beta[:, t, :, None, None] * rank_one(k[:, t], v[:, t])
+
+    return transitions(q - d.unsqueeze(-1) * k, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def gdn2(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    """arXiv:2605.22791: S_t = (I - k_t (b_t * k_t)^T) Diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T."""
+
+    def step(s: Tensor, t: int) -> Tensor:
+        move = torch.eye(k.shape[-1], dtype=k.dtype) - rank_one(k[:, t], b[:, t] * k[:, t])
+        return move @ (g[:, t].exp().unsqueeze(-1) * s) + rank_one(k[:, t], w[:, t] * v[:, t])
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def rwkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor) -> Tensor:
+    """arXiv:2503.14456, eq. 17: S_t = S_{t-1} (Diag(w_t) - z_t^T (a_t * z_t)) + v_t^T k_t, here transposed; w in [exp(-exp(-1/2)), 1]."""
+    decay = (-math.exp(-0.5) / (1 + (-w).exp())).exp()
+    z = unit(kappa)
+
+    def step(s: Tensor, t: int) -> Tensor:
+        move = torch.diag_embed(decay[:, t]) - rank_one(a[:, t] * z[:, t], z[:, t])
+        return move @ s + rank_one(k[:, t], v[:, t])
+
+    return transitions(r, step, v.shape[-1])
+
+
+def dplr(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """arXiv:2503.14456, generalised: S_t = (Diag(alpha_t) + b_t a_t^T) S_{t-1} + k_t v_t^T."""
+
+    def step(s: Tensor, t: int) -> Tensor:
+        return (torch.diag_embed(g[:, t].exp()) + rank_one(b[:, t], a[:, t])) @ s + rank_one(k[:, t], v[:, t])
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
+def iplr(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """arXiv:2406.06484, generalised: S_t = (I + b_t a_t^T) S_{t-1} + k_t v_t^T."""
+    return dplr(q, k, v, a, b, torch.zeros_like(k))
+
+
+def gated_oja(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """Oja's rule on decayed values: S_t = S_{t-1} Diag(alpha_t) (I - beta_t v_t v_t^T) + beta_t k_t v_t^T."""
+
+    def step(s: Tensor, t: int) -> Tensor:
+        decayed = s * g[:, t].exp().unsqueeze(-2)
+        return decayed @ householder(v[:, t], beta[:, t]) + beta[:, t, :, None, None] * rank_one(k[:, t], v[:, t])
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
 EQUATIONS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
         based,
+        comba,
         cosformer,
+        delta_rule,
+        dplr,
         efficient_attention,
+        gated_deltanet,
+        gated_deltaproduct,
+        gated_oja,
         gated_rfa,
+        gdn2,
         gla,
         hedgehog,
         hgrn2,
+        iplr,
+        kda,
         lightning,
         linear_attention,
         mamba2,
@@ -193,6 +330,7 @@ EQUATIONS: dict[str, Callable[..., Tensor]] = {
         relu_attention,
         retnet,
         rwkv6,
+        rwkv7,
         simple_gla,
     )
 }

@@ -58,6 +58,8 @@ def _tokenwise(root: Expr, states: dict[str, State]) -> Expr:
     def rule(x: Expr) -> Expr | None:
         if x.op == "logdecay":
             return E.call("max", _tokenwise(x.args[0], states), E.const(-104.0))
+        if x.op == "solved":
+            return _tokenwise(next(u.value for s in states.values() for u in s.solves if u.leaf == x), states)
         if x.op != "readout":
             return None
         s, vector = states[x.name], _tokenwise(x.args[0], states)

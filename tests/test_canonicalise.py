@@ -60,6 +60,32 @@ def spelled(lines: str, define: str = "", causal: bool = True) -> Variant:
 
 
 SPELLINGS: dict[str, list[tuple[str, str]]] = {
+    "delta": [
+        ("S: exp(g) * S[t-1] + beta * outer(k, v - k @ (exp(g) * S[t-1]))\no: q @ S[t]", ""),
+        ("S: exp(g) * S[t-1] + outer(k, beta * v) - outer(beta * k, exp(g) * (k @ S[t-1]))\no: q @ S[t]", ""),
+        ("_R: decay * S[t-1]\n_e: v - k @ _R\nS: _R + outer(kb, _e)\no: q @ S[t]", "kb: beta * k; decay: exp(g)"),
+        ("S: exp(g) * (S[t-1] - beta * outer(k, k @ S[t-1])) + beta * outer(k, v)\no: S[t] @ q", ""),
+    ],
+    "feedback": [
+        ("S: exp(g) * S[t-1] + beta * outer(k, v - k2 @ S[t-1])\no: q @ S[t]", ""),
+        ("S: exp(g) * S[t-1] - beta * outer(k, k2 @ S[t-1]) + outer(beta * k, v)\no: q @ S[t]", ""),
+    ],
+    "delta per key": [
+        ("S: exp(gk) * S[t-1] + beta * outer(k, v - k @ (exp(gk) * S[t-1]))\no: q @ S[t]", ""),
+        ("S: exp(gk) * S[t-1] + beta * outer(k, v) - beta * outer(k, (k * exp(gk)) @ S[t-1])\no: q @ S[t]", ""),
+    ],
+    "two corrections": [
+        ("_R: exp(g) * S[t-1]\n_P: _R + beta * outer(k, v - k @ _R)\nS: _P + c * outer(k2, v2 - k2 @ _P)\no: q @ S[t]", ""),
+        (
+            "_R: exp(g) * S[t-1]\n_e: beta * (v - k @ _R)\n"
+            "S: _R + outer(k, _e) + c * outer(k2, v2 - k2 @ _R - (k2 @ k) * _e)\no: q @ S[t]",
+            "",
+        ),
+    ],
+    "mirrored delta": [
+        ("_R: exp(gv) * S[t-1]\nS: _R + beta * outer(k - _R @ v, v)\no: q @ S[t]", ""),
+        ("S: exp(gv) * S[t-1] + outer(k, beta * v) - outer(S[t-1] @ (exp(gv) * v), beta * v)\no: q @ S[t]", ""),
+    ],
     "scalar decay": [
         ("S: exp(g) * S[t-1] + beta * outer(k, v)\no: scale * (q @ S[t])", ""),
         ("S: outer(kb, v) + S[t-1] * decay\no: (scale * q) @ S[t]", "kb: k * beta; decay: exp(g)"),
@@ -247,19 +273,6 @@ def test_a_matrix_of_params_passes_a_contraction() -> None:
 REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
     "square": ("S: S[t-1] * S[t-1] + outer(k, v)\no: q @ S[t]", "nonlinear-state", "S[t-1] * S[t-1]", Refused),
     "exp": ("S: exp(S[t-1]) + outer(k, v)\no: q @ S[t]", "nonlinear-state", "exp(S[t-1])", Refused),
-    "delta": ("S: exp(g) * S[t-1] + beta * outer(k, v - k @ S[t-1])\no: q @ S[t]", "not-yet", "k @ S[t-1]", NotYet),
-    "decayed delta": (
-        "S: exp(gk) * S[t-1] + outer(k, v - k @ (exp(gk) * S[t-1]))\no: q @ S[t]",
-        "not-yet",
-        "k @ (exp(gk) * S[t-1])",
-        NotYet,
-    ),
-    "delta product": (
-        "_R: exp(g) * S[t-1]\n_P: _R + beta * outer(k, v - k @ _R)\nS: _P + beta * outer(k2, v2 - k2 @ _P)\no: q @ S[t]",
-        "not-yet",
-        "'k @ (exp(g) * S[t-1])' and 'k2 @ (exp(g) * S[t-1])'",
-        NotYet,
-    ),
     "two sides": ("S: S[t-1] - outer(k, k @ S[t-1]) - outer(S[t-1] @ v, v)\no: q @ S[t]", "nonlinear-state", "both of its sides", Refused),
     "number of the past": ("S: S[t-1] + outer(k, (k @ S[t-1] @ v) * v)\no: q @ S[t]", "nonlinear-state", "v @ (k @ S[t-1])", Refused),
     "wide factor": ("S: S[t-1] + outer(k, gv * (v - k @ S[t-1]))\no: q @ S[t]", "nonlinear-state", "'gv' has the dim V", Refused),

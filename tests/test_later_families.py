@@ -10,37 +10,6 @@ from lagen.spec import read_text
 
 KV = "q: [H, K]; k: [H, K]; v: [H, V]"
 SPECS: dict[str, tuple[str, str, str, str]] = {  # inputs, recurrence, family, the text under the caret
-    "deltanet": (f"{KV}; beta: [H]", "S: S[t-1] + beta * outer(k, v - k @ S[t-1]); o: q @ S[t]", "correction", "k @ S[t-1]"),
-    "gated_deltanet": (
-        f"{KV}; beta: [H]; g: [H]",
-        "_R: exp(-softplus(g)) * S[t-1]; S: _R + beta * outer(k, v - k @ _R); o: q @ S[t]",
-        "correction",
-        "k @ _R",
-    ),
-    "kda": (
-        f"{KV}; beta: [H]; g: [H, K]",
-        "S: sigmoid(g) * S[t-1] + beta * outer(k, v - k @ (sigmoid(g) * S[t-1])); o: q @ S[t]",
-        "correction",
-        "k @ (sigmoid(g) * S[t-1])",
-    ),
-    "comba": (
-        f"{KV}; p: [H, K]; beta: [H]; g: [H]",
-        "S: sigmoid(g) * S[t-1] + beta * outer(k, v - p @ S[t-1]); o: q @ S[t]",
-        "correction",
-        "p @ S[t-1]",
-    ),
-    "rwkv7": (
-        f"{KV}; w: [H, K]; a: [H, K]; b: [H, K]",
-        "S: sigmoid(w) * S[t-1] + outer(b, a @ S[t-1]) + outer(k, v); o: q @ S[t]",
-        "correction",
-        "a @ S[t-1]",
-    ),
-    "gated_oja": (
-        f"{KV}; beta: [H]; g: [H, V]",
-        "_R: sigmoid(g) * S[t-1]; S: _R + beta * outer(k - _R @ v, v); o: q @ S[t]",
-        "correction",
-        "_R @ v",
-    ),
     "mamba_s6": (
         "C: [N]; B: [N]; x: [E]; dt: [E]; A: [E, N]",
         "S: exp(-exp(outer(dt, B)) * exp(A)) * S[t-1] + outer(dt * x, B); o: S[t] @ C",

@@ -19,7 +19,7 @@ PATHS = {path.stem: path for path in data.specs()}
 
 
 def values(declared: Tensor, generator: torch.Generator) -> torch.Tensor:
-    x = torch.randn([SIZES[d] for d in declared.shape], dtype=torch.float64, generator=generator)
+    x = torch.randn([SIZES[d] for d in declared.shape], dtype=torch.float64, generator=generator) / (2.0 if declared.name in "abk" else 1.0)
     if declared.name in ("g", "w", "g_gamma"):
         return -x.abs()
     if declared.name in ("pos", "lower_bound"):
@@ -43,7 +43,7 @@ def test_spec_is_its_paper(name: str) -> None:
     (ours,), _ = oracle(variant, tuple(tensors[: len(variant.inputs)]), tuple(tensors[len(variant.inputs) :]))
     theirs = EQUATIONS[name](*tensors)
     assert ours.shape == theirs.shape
-    assert (ours - theirs).norm() <= 1e-12 * theirs.norm(), (ours - theirs).norm() / theirs.norm()
+    assert theirs.isfinite().all() and (ours - theirs).norm() <= 1e-12 * theirs.norm(), (ours - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize("name", sorted(EQUATIONS))

@@ -119,6 +119,10 @@ class Mathematics:
         line = f"{s.name}[t] = {self.decayed(s, past)}"
         return line + (f" + {self._writes(s)}" if s.writes else "") + ("      writes at t+1" if s.reverse else "")
 
+    def solved(self, s: State) -> list[str]:
+        """Prints what a state solves, a line each."""
+        return [f"{self.text(u.leaf)} = {self.text(u.value)}" for u in s.solves]
+
     def decayed(self, s: State, past: str) -> str:
         """Prints the decay around ``past``."""
         for g in s.decay:
@@ -198,6 +202,7 @@ _RULES: dict[str, Callable[[Mathematics, Expr], Text]] = {
     "flip": lambda m, x: (f"{m.text(x.args[0], ATOM)}ᵀ", ATOM),
     "part": lambda m, x: (f"part{x.attr('index')}({m.text(x.args[0])})", ATOM),
     "readout": Mathematics._readout,
+    "solved": lambda m, x: (f"{x.name}[t]", ATOM),
     "suffix": Mathematics._suffix,
     "carry": lambda m, x: (x.name, ATOM),
     "start": _start,

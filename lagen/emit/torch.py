@@ -155,7 +155,7 @@ def _assumptions(r: Recurrence, assumptions: Sequence[Expr]) -> str:
 
 
 def _bodies(states: Iterable[State]) -> list[Expr]:
-    return [x for s in states for x in (*(side for w in s.writes for side in (w.row, w.col)), *s.decay)]
+    return [x for s in states for x in s.operands]
 
 
 def _states_needed(a: Adjoint) -> tuple[State, ...]:
@@ -307,14 +307,26 @@ class _Printer:
             name = self.state_names[s.name] = self.fresh(s.name)
             self.by_name[s.name] = s
             flag = [f", {w.decayed}" if s.reverse else "" for w in s.writes]
-            writes = ", ".join(f"({self.text(w.row)}, {self.text(w.col)}{f})" for w, f in zip(s.writes, flag, strict=True))
+            base = {u.leaf: u.base for u in s.solves}  # what is solved is handed over as what it is without its reads
+            pairs = [(base.get(w.row, w.row), base.get(w.col, w.col)) for w in s.writes]
+            writes = ", ".join(f"({self.text(row)}, {self.text(col)}{f})" for (row, col), f in zip(pairs, flag, strict=True))
             options = (", reverse=True" if s.reverse else "") + ("" if s.causal else ", causal=False")
+            options += f', over="{s.solves[0].reads[0].attr("dim")}", solves={self.solves(s)}' if s.solves else ""
             self.line(f"edge = {edges[s.name]}")
             head = self.wide if back else s.head
-            self.line(
-                f"{name} = chunked.State({_names(s.dims)}, {self.shape('B', head, s.dims)}, T, "
-                f"[{writes}], {self.decay(s)}, edge, like{options})"
-            )
+            made = [f"{_names(s.dims)}, {self.shape('B', head, s.dims)}, T", f"[{writes}]", self.decay(s), f"edge, like{options}"]
+            self.line(_call(f"{name} = chunked.State", made))
+            for i, w in enumerate(s.writes):
+                for u in (x for x in (w.row, w.col) if x.op == "solved"):
+                    solved = self.fresh(u.name)
+                    self.line(f"{solved} = {name}.solved({i})")
+                    self.done[u] = solved, _ATOM
+
+    def solves(self, s: State) -> str:
+        """Returns what a state solves, by write: the reads of its own past."""
+        at = {x: i for i, w in enumerate(s.writes) for x in (w.row, w.col)}
+        reads = [(at[u.leaf], ", ".join(f'({self.text(r.args[0])}, "{r.attr("at")}")' for r in u.reads)) for u in s.solves]
+        return "{" + ", ".join(f"{i}: [{text}]" for i, text in reads) + "}"
 
     def decay(self, s: State) -> str:
         rows = ", ".join(f'"{"".join(g.dims)}": {self.text(g)}' for g in s.decay)
@@ -330,6 +342,8 @@ class _Printer:
         if s.decay:
             faded = self.faded[s.name] = self.fresh(f"{s.name}_decayed")
             self.line(f"{faded} = chunked.decayed({past}, {_names(s.dims)}, {self.decay(s)})")
+        for u in s.solves:
+            self.done[u.leaf] = self.text(u.value, _ATOM), _ATOM
         now = self.now[s.name] = self.fresh(f"{s.name}_now")
         writes = ", ".join(f"({self.text(w.row)}, {self.text(w.col)})" for w in s.writes)
         self.line(f"{now} = chunked.written({self.faded[s.name]}, {_names(s.dims)}, [{writes}])")
@@ -490,6 +504,12 @@ def _pruned(lines: list[str]) -> list[str]:
 
 def _leaf(t: Tensor) -> Expr:
     return Expr("input" if t.token else "param", name=t.name, dims=tuple(sorted(t.dims)), head=t.head, token=t.token)
+
+
+def _call(head: str, arguments: Sequence[str]) -> str:
+    """Prints a call on one line where it fits, else an argument a line."""
+    line = f"{head}({', '.join(arguments)})"
+    return line if len(line) <= 132 else f"{head}(\n" + "".join(f"        {a},\n" for a in arguments) + "    )"
 
 
 def _names(dims: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from lagen.ir import expr as E
 from lagen.ir.chunk import COL
 from lagen.ir.expr import Expr, show
 from lagen.ir.plan import Buffer, Kernel, Plan
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write
+from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
 from lagen.passes.schedule import widest_tile
@@ -89,9 +89,6 @@ def _renamed(r: Recurrence, a: Adjoint) -> tuple[Recurrence, Adjoint]:
     def leaf(e: Expr) -> Expr:
         return E.rewrite(e, lambda n: replace(n, name=table[n.name], _hash=0) if n.op in ("input", "param") and n.name in table else None)
 
-    def state(s: State) -> State:
-        return replace(s, decay=tuple(map(leaf, s.decay)), writes=tuple(Write(leaf(w.row), leaf(w.col), w.decayed) for w in s.writes))
-
     def tensors(ts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(replace(t, name=table.get(t.name, t.name)) for t in ts)
 
@@ -99,12 +96,12 @@ def _renamed(r: Recurrence, a: Adjoint) -> tuple[Recurrence, Adjoint]:
         r,
         inputs=tensors(r.inputs),
         params=tensors(r.params),
-        states=tuple(map(state, r.states)),
+        states=tuple(s.map(leaf) for s in r.states),
         outputs=tuple((n, leaf(e)) for n, e in r.outputs),
         names=tuple((n, leaf(e)) for n, e in r.names),
     )
     gradients = tuple((table.get(n, n), leaf(e)) for n, e in a.gradients)
-    return r, replace(a, recurrence=r, states=tuple(map(state, a.states)), gradients=gradients)
+    return r, replace(a, recurrence=r, states=tuple(s.map(leaf) for s in a.states), gradients=gradients)
 
 
 class _Module:

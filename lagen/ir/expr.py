@@ -343,6 +343,17 @@ def rewrite(root: Expr, rule: Callable[[Expr], Expr | None]) -> Expr:
     return visit(root)
 
 
+def addends(e: Expr) -> list[Expr]:
+    """Lists the terms of a sum, signs included."""
+    if e.op == "add":
+        return addends(e.args[0]) + addends(e.args[1])
+    if e.op == "sub":
+        return addends(e.args[0]) + [neg(t) for t in addends(e.args[1])]
+    if e.op == "neg" and e.args[0].op in ("add", "sub"):
+        return [neg(t) for t in addends(e.args[0])]
+    return [e]
+
+
 def reads(root: Expr, *ops: str) -> tuple[Expr, ...]:
     """Returns the distinct nodes below ``root`` whose op is one of ``ops``, in operand order."""
     return tuple(n for n in walk(root) if n.op in ops)

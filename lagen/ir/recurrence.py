@@ -14,6 +14,11 @@
     A vector state contracts its one dim and leaves a number; with dim "" nothing is contracted and r (a number) multiplies the state.
     R_{t} for at = later is what tokens s > t wrote, in the coordinates of the end of token t.
 
+    solve(u; base, reads)_t = base_t + sum of the reads, which are readouts of the state that writes u: a low-rank correction such as
+        u_t = beta_t v_t - (beta_t k_t) @ (exp(g_t) * S_{t-1}), S_t = exp(g_t) * S_{t-1} + k_t (x) u_t (the delta rule). Reads are at
+        decayed, previous or (reverse) later: no token reads its own u, so that over the tokens of a chunk u solves a unit triangular
+        system (passes/chunk). The transpose of such a state is one again: the cotangent of u is solved by the reverse state.
+
     suffix(x, y; states)_t = sum_{s >= t} x_s - sum_{t <= s < T} y_s + closing: the gradient of a log-decay. The closing is the
         gradient of the final states times what decayed into them, <dS_T, exp(g_T) * S_{T-1}>, summed to the dims of x.
         A pair of reader and writer counts in x and in y and cancels where the decay is not between them. A pair without any decay
@@ -31,9 +36,10 @@ Who reads it: passes/chunk and the backends that run token by token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from lagen.ir.expr import Expr, reads, show, walk
+from lagen.ir.expr import ZERO, Expr, add, reads, rebuild, show, walk
 from lagen.ir.variant import Tensor
 
 READS = ("now", "decayed", "previous", "later", "since", "all")
@@ -49,6 +55,27 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Solve:
+    """A value that a state writes and that depends on the state's own past; ``leaf`` (op solved) stands for it wherever it is used."""
+
+    leaf: Expr
+    base: Expr  # what does not depend on the past
+    reads: tuple[Expr, ...]  # readouts of the state, one for each ``at``
+
+    @property
+    def value(self) -> Expr:
+        """Returns the value as an expression over readouts of its own state."""
+        return add(*((self.base,) if self.base != ZERO else ()), *self.reads)
+
+    def map(self, f: Callable[[Expr], Expr]) -> Solve:
+        """Returns it with ``f`` applied to what it takes."""
+        return Solve(self.leaf, f(self.base), tuple(rebuild(r, tuple(map(f, r.args))) for r in self.reads))
+
+    def __str__(self) -> str:
+        return f"{self.leaf} = {self.value}"
+
+
+@dataclass(frozen=True)
 class State:
     """A linear state [B, head, *dims] in float32. ``decay`` holds log-decays <= 0, at most one per subset of the dims."""
 
@@ -61,6 +88,18 @@ class State:
     causal: bool = True
     init: float = 0.0
     of: str = ""  # of a reverse state: the forward state that it is the gradient of
+    solves: tuple[Solve, ...] = ()  # all over one dim; what stands in writes as a solved leaf
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """Lists what a token brings: both sides of writes but what is solved, what the solved values take, decays."""
+        sides = (x for w in self.writes for x in (w.row, w.col) if x.op != "solved")
+        return (*sides, *(x for s in self.solves for x in (s.base, *(r.args[0] for r in s.reads))), *self.decay)
+
+    def map(self, f: Callable[[Expr], Expr]) -> State:
+        """Returns the state with ``f`` applied to what a token brings."""
+        writes = tuple(Write(f(w.row), f(w.col), w.decayed) for w in self.writes)
+        return replace(self, decay=tuple(map(f, self.decay)), writes=writes, solves=tuple(s.map(f) for s in self.solves))
 
     def decay_on(self, *dims: str) -> Expr | None:
         """Returns the log-decay whose dims are exactly ``dims``, or None."""
@@ -108,8 +147,10 @@ class Recurrence:
             for w in s.writes:
                 for side, dim in ((w.row, s.dims[:1]), (w.col, s.dims[1:])):
                     assert side.dims == tuple(dim), f"{s.name}: write {side} on {side.dims}, wanted {dim}"
-            body = [*s.decay, *(x for w in s.writes for x in (w.row, w.col))]
-            for r in (n for e in body for n in reads(e, "readout")):
+            for u in s.solves:
+                assert all(r.name == s.name and r.attr("at") in ("decayed", "previous") for r in u.reads), f"{s.name}: {u}"
+            assert len({r.attr("dim") for u in s.solves for r in u.reads}) <= 1, f"{s.name} is corrected on two sides"
+            for r in (n for e in s.operands for n in reads(e, "readout")):
                 assert r.name in seen, f"{s.name} reads {r.name} before it is done"
             seen.add(s.name)
         for _, e in self.outputs:
@@ -119,8 +160,13 @@ class Recurrence:
 
     def __str__(self) -> str:
         names = {e: n for n, e in self.names}
-        lines = [f"recurrence {self.name}"] + [f"  {s}" for s in self.states]
+        lines = [f"recurrence {self.name}"] + [f"  {x}" for s in self.states for x in (*s.solves, s)]
         return "\n".join(lines + [f"  {n} = {show(e, names)}" for n, e in self.outputs])
+
+
+def solved(name: str, dim: str, head: str) -> Expr:
+    """Makes the leaf of a solved value on ``dim``."""
+    return Expr("solved", name=name, dims=(dim,), head=head, token=True)
 
 
 def readout(state: State, vector: Expr, dim: str, at: str) -> Expr:
@@ -162,5 +208,5 @@ class Adjoint:
 
     def __str__(self) -> str:
         names = {e: n for n, e in self.recurrence.names}
-        lines = [f"adjoint {self.recurrence.name}"] + [f"  {s}" for s in self.states]
+        lines = [f"adjoint {self.recurrence.name}"] + [f"  {x}" for s in self.states for x in (*s.solves, s)]
         return "\n".join(lines + [f"  d{n} = {show(e, names)}" for n, e in self.gradients])

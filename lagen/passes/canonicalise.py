@@ -14,7 +14,7 @@ from lagen.ir.bounds import Proof, facts_of, log_of, prove_nonpositive
 from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import Recurrence, State, Write
 from lagen.ir.variant import OutputLine, StateLine, Variant
-from lagen.passes.corrections import corrections, refuse_two_sides
+from lagen.passes.corrections import Correction, corrections, refuse_two_sides, solve, without_reads
 from lagen.passes.linear_form import Flat, Lines, Term, flat, product, split_scalar
 from lagen.passes.normal_form import UNIT, Algebra, Polynomial
 
@@ -54,10 +54,14 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
         lines.not_yet("peak", f"'{line.name}' is a peak line (a running maximum)", line.expr)
     terms = lines.expand(line.expr)
     past = [t for t in terms if t.state is not None and t.state.name == line.name]
-    if past and any(r.name == line.name for t in terms for f in (*t.factors, *t.over) for r in E.reads(f, "readout")):
-        # read again with the decay known, so that a read of the decayed past is known as one
-        knowing = Lines(lines.variant, lines.done, lines.decays | {line.name: _coefficient(lines, line, past)}, line)
-        _refuse_corrections(knowing, knowing.expand(line.expr))
+    found: list[Correction] = []
+    if any(_reads_own(line, t) for t in terms):
+        if past:  # read again with the decay known, so that a read of the decayed past is known as one
+            lines = Lines(lines.variant, lines.done, lines.decays | {line.name: _coefficient(lines, line, past)}, line)
+            terms = lines.expand(line.expr)
+        found = [c for t in terms for c in corrections(lines, t)]
+        refuse_two_sides(lines, found)
+        terms = tuple(x for t in terms for x in without_reads(lines, t))
     writes = [t for t in terms if t.state is None]
     for t in terms:
         if t.state is not None and t.state.name != line.name:
@@ -66,25 +70,13 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
         for r in (r for f in (*t.factors, *t.over) for r in E.reads(f, "readout")):
             lines.not_yet("stages", f"'{lines.respell(r)}' reads the state {r.name} in the line of the state {line.name}", r)
     decay, factor, proofs = _decay(lines, line, past)
-    state = State(
-        line.name,
-        line.head,
-        line.dims,
-        decay,
-        _merged(lines.algebra, tuple(_write(lines, line, t) for t in writes)),
-        causal=lines.variant.causal,
-        init=line.init,
-    )
-    return state, factor, proofs
+    plain = _merged(lines.algebra, tuple(_write(lines, line, t) for t in writes)) if writes or not found else ()
+    state = State(line.name, line.head, line.dims, decay, plain, causal=lines.variant.causal, init=line.init)
+    return solve(lines, state, found), factor, proofs
 
 
-def _refuse_corrections(lines: Lines, terms: tuple[Term, ...]) -> None:
-    """Refuses what reads its own past: what rule 1 forbids for good, the low-rank corrections as a later family."""
-    found = [c for t in terms for c in corrections(lines, t)]
-    refuse_two_sides(lines, found)
-    if found:
-        reads = " and ".join(dict.fromkeys(f"'{lines.respell(c.read)}'" for c in found))
-        lines.not_yet("correction", f"{lines.own} writes what it reads of its own past (a delta rule): {reads}", found[0].read)
+def _reads_own(line: StateLine, t: Term) -> bool:
+    return any(r.name == line.name for f in (*t.factors, *t.over) for r in E.reads(f, "readout"))
 
 
 def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr, ...], Flat, tuple[str, ...]]:

@@ -1,17 +1,21 @@
 """Corrections: what a state line writes that depends on its own past, as in outer(k, beta * (v - k @ S[t-1])).
 
 Rule 1 of the language allows outer(w, c * (r @ P)) with P the past, or mirrored, with a number c. ``corrections`` finds them in a term
-and refuses everything else that reads the own past. The compiler does not lower them yet; canonicalise says so.
+and refuses everything else that reads the own past; ``solve`` makes them solved values of the state (ir/recurrence.py), one for each w.
+Several updates a token (DeltaProduct) come expanded: a read of the state after an earlier correction is a read of the past by another
+vector and what that correction wrote, so that all corrections of a token read its past alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from lagen.ir import expr as E
 from lagen.ir.expr import ONE, Expr
-from lagen.passes.linear_form import Lines, Term
+from lagen.ir.recurrence import Solve, State, Write, readout, solved
+from lagen.passes.linear_form import Lines, Term, flat, product, split_scalar
+from lagen.passes.normal_form import Polynomial
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,63 @@ def corrections(lines: Lines, term: Term) -> tuple[Correction, ...]:
         write = E.mul(ONE, *(f for f in factors if f.dims))
         made.append(Correction(write, E.mul(ONE, *(f for f in factors if not f.dims)), read))
     return tuple(made)
+
+
+def without_reads(lines: Lines, term: Term) -> tuple[Term, ...]:
+    """Returns what a term is without its reads of the own past: itself, its part that reads nothing, or nothing."""
+    reading = [f for f in term.factors if _own(lines, f)]
+    if not reading:
+        return (term,)
+    others = tuple(f for f in term.factors if f is not reading[0])
+    rests = [factor for read, factor in _split(lines, reading[0]) if read is None]
+    return tuple(Term((*others, *((r,) if r != ONE else ())), term.over, term.state) for r in rests)
+
+
+def solve(lines: Lines, state: State, found: list[Correction]) -> State:
+    """Gives ``state`` a solved value for each vector that its corrections write along, joined with the plain write along it."""
+    if not found:
+        return state
+    dim = found[0].read.attr("dim")
+    on_row = dim == state.dims[0]
+    groups: dict[Polynomial, tuple[Expr, list[Expr]]] = {}
+    for c in found:
+        number, write = split_scalar(c.write)
+        groups.setdefault(lines.algebra.of(write), (write, []))[1].append(_told(lines, state, c.read, E.mul(c.number, number)))
+    writes, solves = list(state.writes), []
+    kept = found[0].read.dims[0]
+    for i, (key, (write, reads)) in enumerate(groups.items()):
+        base: Expr = E.ZERO
+        for w in writes:
+            number, along = split_scalar(w.row if on_row else w.col)
+            if lines.algebra.of(along) == key:
+                base = E.mul(number, w.col if on_row else w.row)
+                writes.remove(w)
+                break
+        kinds = dict.fromkeys(r.attr("at") for r in reads)
+        gathered = tuple(_gathered(state, [r for r in reads if r.attr("at") == at], dim, at) for at in kinds)
+        leaf = solved(f"{state.name}_u{i + 1 if len(groups) > 1 else ''}", kept, state.head)
+        solves.append(Solve(leaf, base, gathered))
+        writes.append(Write(write, leaf) if on_row else Write(leaf, write))
+    return replace(state, writes=tuple(writes), solves=tuple(solves))
+
+
+def _told(lines: Lines, state: State, read: Expr, number: Expr) -> Expr:
+    """Puts a number into the vector of a read; where the number holds the decay, the read is one of the decayed past."""
+    past = E.leaf("past", state.name, state.dims, state.head, token=True)
+    up, down = flat(number)
+    if read.attr("at") == "previous" and state.decay:
+        up, down, at = lines.past_of(past, up, down)
+        return readout(state, E.mul(product(up, down), read.args[0]), read.attr("dim"), at)
+    return E.rebuild(read, (E.mul(number, read.args[0]),))
+
+
+def _gathered(state: State, reads: list[Expr], dim: str, at: str) -> Expr:
+    """Reads once what several reads of one kind add up to."""
+    total = reads[0].args[0]
+    for r in reads[1:]:
+        vector = r.args[0]
+        total = E.sub(total, vector.args[0]) if vector.op == "neg" else E.add(total, vector)
+    return readout(state, total, dim, at)
 
 
 def refuse_two_sides(lines: Lines, found: list[Correction]) -> None:

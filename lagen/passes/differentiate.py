@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
+from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, readout, solved
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.variant import Tensor
 
@@ -30,8 +30,12 @@ def differentiate(recurrence: Recurrence) -> Adjoint:
     tape = _Tape(recurrence)
     for (_, e), d in zip(recurrence.outputs, cotangents, strict=True):
         tape.add(e, E.leaf("input", d.name, d.dims, d.head, token=True))
-    for node in reversed(tape.order([e for _, e in recurrence.outputs])):
+    solves = [u for s in recurrence.states for u in s.solves]
+    for u in solves:  # as if it were an output: its cotangent is solved by the reverse state
+        tape.add(u.value, _transposed(u))
+    for node in reversed(tape.order([e for _, e in recurrence.outputs] + [u.value for u in solves])):
         tape.visit(node)
+    tape.close()
     gradients = []
     for t in recurrence.inputs + recurrence.params:
         leaf = E.leaf("input" if t.token else "param", t.name, t.dims, t.head, t.token)
@@ -170,6 +174,15 @@ class _Tape:
         for a, da in zip(node.args, given, strict=True):
             self.add(a, da)
 
+    def close(self) -> None:
+        """Gives the reverse states what they solve: the cotangents of solved values, last correction first."""
+        for i, back in enumerate(self.reverse):
+            if back.name == f"d{back.of}":
+                solves = tuple(
+                    _solve(back, _transposed(u), self.cotangent.get(u.leaf, E.ZERO)) for u in reversed(self.states[back.of].solves)
+                )
+                self.reverse[i] = replace(back, solves=solves)
+
     def suffix(self, g: Expr) -> Expr:
         """Makes the gradient of a log-decay from its reads and writes."""
         gate = self.gates.pop(g)
@@ -243,6 +256,20 @@ class _Tape:
         for w in state.writes:
             mine, other, dim = (w.row, w.col, b) if set(g.dims) <= set(w.row.dims) else (w.col, w.row, a)
             gate.writes = E.add(gate.writes, _on(mine, readout(back, other, dim, "later"), g.dims))
+
+
+def _transposed(u: Solve) -> Expr:
+    """Makes the leaf that stands for the cotangent of a solved value."""
+    return solved(f"d{u.leaf.name}", u.leaf.dims[0], u.leaf.head)
+
+
+def _solve(back: State, leaf: Expr, d: Expr) -> Solve:
+    """Splits a solved value's cotangent into what reads the reverse state and the rest."""
+    terms = E.addends(d)
+    reads = tuple(t for t in terms if t.op == "readout" and t.name == back.name)
+    base = E.add(*(t for t in terms if t not in reads))
+    assert reads and not any(n == leaf or (n.op == "readout" and n.name == back.name) for n in E.walk(base)), f"d{leaf} is not solved: {d}"
+    return Solve(leaf, base, reads)
 
 
 def _other(state: State, node: Expr) -> str:

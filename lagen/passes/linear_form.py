@@ -269,7 +269,7 @@ class Lines:
         state = self.done.get(past.name)
         if state is None or any(t.state is not None for t in terms if t is not pasts[0]):
             return terms
-        factors, over, at = self._at(past, pasts[0].factors, pasts[0].over)
+        factors, over, at = self.past_of(past, pasts[0].factors, pasts[0].over)
         if state.decay and at != "decayed":
             return terms
         rest = self._polynomial(*(t for t in terms if t is not pasts[0]))
@@ -299,7 +299,7 @@ class Lines:
             self.refuse("nonlinear-state", message, "scale the two sides apart, as in exp(a) * (exp(b) * S[t-1])", wide[0])
         if t.state is None or dim not in t.state.dims:
             return Term((*outside, self._dot(right, product(inside, under))), below + divide, t.state)
-        factors, over, at = self._at(t.state, inside + outside, under + below)
+        factors, over, at = self.past_of(t.state, inside + outside, under + below)
         inside = tuple(f for f in factors if dim in f.dims)
         under = tuple(f for f in over if dim in f.dims)
         vector = product((*inside, *(() if right == ONE else (right,))), under)
@@ -317,7 +317,7 @@ class Lines:
             return E.mul(s, r, E.reduce("sum", a if a.dims else b))
         return E.mul(s, r, E.contract(a, b))
 
-    def _at(self, leaf: Expr, factors: tuple[Expr, ...], over: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], tuple[Expr, ...], str]:
+    def past_of(self, leaf: Expr, factors: tuple[Expr, ...], over: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], tuple[Expr, ...], str]:
         """Tells which past is read: the factors of a state's decay, when all are there, are taken out and the read is "decayed"."""
         if leaf.op == "now":
             return factors, over, "now" if self.variant.causal else "all"

@@ -74,6 +74,7 @@ class Algebra:
 
     def __init__(self, states: Iterable[State] = ()) -> None:
         self.states = {s.name: s for s in states}
+        self._solved = {u.leaf: u.value for s in self.states.values() for u in s.solves}
         self._dims: dict[str, frozenset[str]] = {}
         self._inside: dict[str, tuple[str, Polynomial]] = {}
         self._memo: dict[Expr, Polynomial] = {}
@@ -217,10 +218,11 @@ class Algebra:
 
     def read(self, state: State, vector: Polynomial, dim: str, at: str) -> Polynomial:
         """Returns a read of a state over ``dim`` as reads of its past ("all": of its sum), linear in the vector."""
-        if at in ("now", "decayed"):
-            past = self.read(state, self.mul(vector, self.exp(self.decay(state))), dim, "previous")
+        if at == "decayed":
+            return self.read(state, self.mul(vector, self.exp(self.decay(state))), dim, "previous")
+        if at == "now":
             own = self.mul(vector, self.writes(state))
-            return past if at == "decayed" else add(past, self.total(own, dim) if dim else own)
+            return add(self.read(state, vector, dim, "decayed"), self.total(own, dim) if dim else own)
         rest = frozenset(state.dims) - {dim}
         if not dim:
             return self.mul(vector, self.atom(f"read {state.name} {at}", rest))
@@ -247,6 +249,8 @@ class Algebra:
             )
         if op in ("size", "scale", "input", "param", "past", "now"):
             return self.atom(f"{op} {x.name}".strip(), x.dims)
+        if op == "solved":
+            return self.of(self._solved[x])
         if op == "readout":
             return self.read(self.states[x.name], args[0], x.attr("dim"), x.attr("at"))
         if op in ("contract", "sum", "mean"):

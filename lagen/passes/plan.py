@@ -16,14 +16,14 @@ from dataclasses import replace
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import Carry
-from lagen.ir.expr import LEAVES, Expr, walk
+from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
-from lagen.passes.simplify import addends, factor, simplify
+from lagen.passes.simplify import factor, simplify
 from lagen.passes.whole_decay import load, others, stored, take_out
 
 ROWS = ("contract", "sum", "mean", "rowmax")
@@ -35,6 +35,8 @@ Key = tuple[bool, str]
 
 def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     """Plans forward, backward and step of ``recurrence``."""
+    for u in (u for s in recurrence.states for u in s.solves):
+        raise NotImplementedError(f"no Triton form for a correction yet: {u}")
     head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
     # each head sums its own share of a gradient over all tokens; what the sum gives is added up over the heads at the end
     adjoint = replace(adjoint, states=tuple(s if s.causal else replace(s, head=head) for s in adjoint.states))

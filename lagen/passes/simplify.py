@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lagen.ir import expr as E
-from lagen.ir.expr import Expr, walk
+from lagen.ir.expr import Expr, addends, walk
 from lagen.ir.recurrence import Adjoint, State, readout
 from lagen.passes.chunk import sides, strip
 from lagen.passes.differentiate import pair
@@ -24,17 +24,6 @@ def simplify(adjoint: Adjoint) -> Adjoint:
     strict = {n for _, e in adjoint.gradients for s in E.reads(e, "suffix") for a in s.args for n in walk(a) if n.op == "readout"}
     gradients = tuple((name, gather(absorb(e, states, strict))) for name, e in adjoint.gradients)
     return replace(adjoint, gradients=gradients)
-
-
-def addends(e: Expr) -> list[Expr]:
-    """Lists the terms of a sum, signs included."""
-    if e.op == "add":
-        return addends(e.args[0]) + addends(e.args[1])
-    if e.op == "sub":
-        return addends(e.args[0]) + [E.neg(t) for t in addends(e.args[1])]
-    if e.op == "neg" and e.args[0].op in ("add", "sub"):
-        return [E.neg(t) for t in addends(e.args[0])]
-    return [e]
 
 
 def own_terms(node: Expr, state: State) -> list[Expr]:

@@ -22,6 +22,7 @@ from torch import Tensor
 CHUNK = 64  # tokens per chunk; a power of two
 FLOOR = -104.0  # exp(-104) is 0 in float32: a hard reset (-inf) is legal and stays finite
 Value = Tensor | float
+Write = tuple[Tensor, Tensor, bool]
 
 # ---- layout ---------------------------------------------------------------------------------------------------------------------
 
@@ -215,7 +216,8 @@ class State:
 
     shape: [B, H, G, *dims] of the state; ``dims`` names its dims, at most two. ``writes``: (row, col) or, of a reverse state,
     (row, col, decayed). ``decay``: log-decays by the name of their dim, "" for one of no dim. ``edge``: the state before the first
-    token, or after the last one where ``reverse``; None means zeros.
+    token, or after the last one where ``reverse``; None means zeros. ``solves``: of each write whose one side depends on the state's own
+    past, by its index, the reads [(vector, at)] over the dim ``over`` that are added to what stands on that side.
     """
 
     def __init__(
@@ -229,6 +231,8 @@ class State:
         like: Tensor,
         reverse: bool = False,
         causal: bool = True,
+        over: str = "",
+        solves: Mapping[int, Sequence[tuple[Value, str]]] | None = None,
     ) -> None:
         self.dims, self.shape, self.tokens, self.like, self.reverse, self.causal = dims, shape, tokens, like, reverse, causal
         self.size = CHUNK
@@ -246,6 +250,7 @@ class State:
         full = (*shape, 1, 1)[:5]
         self.given = edge is not None
         self.edge = self.like.new_zeros(full) if edge is None else edge.to(like.dtype).reshape(full)
+        self.system = System(self, over, solves) if solves else None
         self.carries, self.end = self._scan()
 
     def _cut(self, x: Value, dim: str) -> Tensor:
@@ -267,37 +272,51 @@ class State:
 
     # -- carries --
 
-    def _gathered(self, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Returns what each chunk from ``first`` on writes into the carry, [B, H, G, N, K, V], and the decay that it applies."""
+    def _gathered(self, writes: Sequence[Write], chunks: slice = slice(None)) -> Tensor | None:
+        """Returns what ``writes`` add to the carry in each of ``chunks``, [B, H, G, N, K, V]; None where there are none."""
         total: Tensor | None = None
-        for row, col, decayed in self.writes:
-            sides = [row[:, :, :, first:], col[:, :, :, first:]]
+        for row, col, decayed in writes:
+            sides = [row[:, :, :, chunks], col[:, :, :, chunks]]
             for side, (b, before) in self.sums.items():
-                b, before = b[:, :, :, first:], before[:, :, :, first:]
+                b, before = b[:, :, :, chunks], before[:, :, :, chunks]
                 at = (b if decayed else before) if self.reverse else b[..., -1:, :] - b
                 sides[side % 2] = sides[side % 2] * self._exp(at)
             part = sides[0].transpose(-1, -2) @ sides[1]
             total = part if total is None else total + part
+        return None if total is None else sum_to(total, (*self.edge.shape[:3], total.shape[3], *self.edge.shape[3:]), self.like)
+
+    def _whole(self, chunks: slice = slice(None)) -> Tensor | None:
+        """Returns the decay over each of ``chunks``, [B, H, G, N, K or 1, V or 1]; None where there is no decay."""
         decay: Tensor | None = None
         for side, (b, _) in self.sums.items():
-            last = self._exp(b[:, :, :, first:, -1])
+            last = self._exp(b[:, :, :, chunks, -1])
             last = (last[..., None], last[..., None, :], last[..., None])[side]
             decay = last if decay is None else decay * last
-        assert total is not None, "a state without writes"
-        wanted = (*self.edge.shape[:3], total.shape[3], *self.edge.shape[3:])
-        return sum_to(total, wanted, self.like), decay
+        return decay
 
     def _scan(self) -> tuple[Tensor, Tensor]:
-        """Returns the state each chunk meets, [B, H, G, N, K, V], and the state behind the last chunk."""
-        gathered, decay = self._gathered()
+        """Returns the state each chunk meets, [B, H, G, N, K, V], and the state behind the last chunk; solves what is to be solved."""
+        solved = () if self.system is None else self.system.writes
+        gathered, decay = self._gathered([w for i, w in enumerate(self.writes) if i not in solved]), self._whole()
         state, met = self.edge, []
         if not self.causal:
+            assert gathered is not None, "a state without writes"
             return gathered[:, :, :, :0], state + gathered.sum(3)
         for n in range(self.count - 1, -1, -1) if self.reverse else range(self.count):
             met.append(state)
             kept = state if decay is None else state * decay[:, :, :, n]
-            state = kept + gathered[:, :, :, n]
-        return torch.stack(met[::-1] if self.reverse else met, 3) if met else gathered, state
+            state = kept if gathered is None else kept + gathered[:, :, :, n]
+            if self.system is not None:
+                self.system.solve(met[-1], slice(n, n + 1))
+                written = self._gathered([self.writes[i] for i in solved], slice(n, n + 1))
+                assert written is not None
+                state = state + written[:, :, :, 0]
+        return torch.stack(met[::-1] if self.reverse else met, 3) if met else self.edge.unsqueeze(3)[:, :, :, :0], state
+
+    def solved(self, index: int) -> Tensor:
+        """Returns what was solved for the write ``index``, [B, T, H, G, D]."""
+        assert self.system is not None, "a state that solves nothing"
+        return self._join(self.writes[index][:2][self.system.kept])
 
     @property
     def final(self) -> Tensor:
@@ -312,12 +331,10 @@ class State:
         last, at = self.count - 1, (self.tokens - 1) % self.size
         own = torch.ones(self.size, 1, dtype=self.like.dtype, device=self.like.device)
         own[at] = 0.0
-        whole = self.writes
-        self.writes = [(row * own, col, decayed) for row, col, decayed in whole]
-        gathered, decay = self._gathered(last)
-        self.writes = whole
+        chunk = slice(last, last + 1)
+        gathered, decay = self._gathered([(row * own, col, decayed) for row, col, decayed in self.writes], chunk), self._whole(chunk)
         kept = self.carries[:, :, :, last] if decay is None else self.carries[:, :, :, last] * decay[:, :, :, 0]
-        return (kept + gathered[:, :, :, 0]).reshape(self.shape)
+        return (kept if gathered is None else kept + gathered[:, :, :, 0]).reshape(self.shape)
 
     def closing(self, back: State, keep: str) -> Value:
         """Returns <dS_T, exp(g_T) * S_{T-1}> summed to the dim ``keep`` ("" for none), where ``back`` starts from a given dS_T."""
@@ -343,7 +360,7 @@ class State:
         elif self.count == 0:
             out = x.new_zeros(*x.shape[:-1], self.edge.shape[3 + kept])
         else:
-            out = self._carried(x, side, at)
+            out = self._carried(x, side, at, self.carries)
             for row, col, decayed in self.writes:
                 read, left = (row, col)[side], (row, col)[kept]
                 out = out + self._mix(self._gram(x, read, side, at, decayed), left, kept, at, decayed)
@@ -354,23 +371,23 @@ class State:
         """Turns a state so that the dim that is read stands first."""
         return state.transpose(-1, -2) if side else state
 
-    def _coordinates(self, side: int, at: str, decayed: bool) -> tuple[Tensor, Tensor] | None:
+    def _coordinates(self, side: int, at: str, decayed: bool, chunks: slice = slice(None)) -> tuple[Tensor, Tensor] | None:
         """Returns where reads and writes stand on the sums of a decay: reads of the undecayed past one token earlier."""
         if side not in self.sums:
             return None
-        b, before = self.sums[side]
+        b, before = (x[:, :, :, chunks] for x in self.sums[side])
         return (before if at == "previous" else b), (b if decayed else before)
 
-    def _carried(self, x: Tensor, side: int, at: str) -> Tensor:
-        """Reads the state that each chunk meets."""
+    def _carried(self, x: Tensor, side: int, at: str, carries: Tensor, chunks: slice = slice(None)) -> Tensor:
+        """Reads the states ``carries`` that ``chunks`` meet."""
         factors = {}
         for s in self.sums:
-            here = self._coordinates(s, at, True)
+            here = self._coordinates(s, at, True, chunks)
             assert here is not None
-            factors[s] = self._exp(self.sums[s][0][..., -1:, :] - here[0] if self.reverse else here[0])
+            factors[s] = self._exp(here[1][..., -1:, :] - here[0] if self.reverse else here[0])
         for s in (2, side):
             x = x * factors[s] if s in factors else x
-        out = x @ self._face(self.carries, side)
+        out = x @ self._face(carries, side)
         return out * factors[1 - side] if 1 - side in factors else out
 
     def _gram(self, x: Tensor, y: Tensor, side: int, at: str, decayed: bool) -> Tensor:
@@ -395,9 +412,9 @@ class State:
         unseen = unseen.tril() if self.reverse else unseen.triu(1 if at == "now" else 0)
         return weights * self._exp(between.masked_fill(unseen, -torch.inf))
 
-    def _mix(self, weights: Tensor, y: Tensor, side: int, at: str, decayed: bool) -> Tensor:
+    def _mix(self, weights: Tensor, y: Tensor, side: int, at: str, decayed: bool, chunks: slice = slice(None)) -> Tensor:
         """Adds up the writes by their weights, each decayed on the kept dim from its token to the reader's."""
-        around = self._coordinates(side, at, decayed)
+        around = self._coordinates(side, at, decayed, chunks)
         if around is None:
             return weights @ y
         lead = torch.broadcast_shapes(weights.shape[:-2], y.shape[:-2], around[0].shape[:-2])
@@ -435,6 +452,62 @@ class State:
         to_x, to_y = (middle - at_x, at_y - middle) if self.reverse else (at_x - middle, middle - at_y)
         x, y = self._half(x, half, self._reader), self._half(y, half, 1 - self._reader)
         return x * self._exp(to_x), y * self._exp(to_y)
+
+
+class System:
+    """What a state solves: of some writes the side u that depends on the state's own past.
+
+    Over the n writes and C tokens of a chunk, in the order of the tokens, u = (I - A)^-1 (base + reads of the carry and of the other
+    writes), A being what each token reads of the u of others: strictly triangular. A decay on the dim that the reads keep stands
+    between a token and what it is solved from, and telescopes along every path of A, so that (I - A)^-1 is taken without it.
+    """
+
+    def __init__(self, state: State, over: str, solves: Mapping[int, Sequence[tuple[Value, str]]]) -> None:
+        self.state, self.writes = state, tuple(solves)
+        self.side = side = state.dims.index(over)
+        self.kept = kept = 1 - side
+        self.reads = [[(state._cut(vector, over), at) for vector, at in reads] for reads in solves.values()]
+        self.base = []
+        rows = []
+        for index, reads in zip(self.writes, self.reads, strict=True):
+            base = state.writes[index][:2][kept]
+            for i, w in enumerate(state.writes):
+                if i not in self.writes:
+                    for x, at in reads:
+                        base = base + state._mix(state._gram(x, w[:2][side], side, at, w[2]), w[:2][kept], kept, at, w[2])
+            self.base.append(base)
+            others = [state.writes[i] for i in self.writes]
+            rows.append([sum_all([state._gram(x, w[:2][side], side, at, w[2]) for x, at in reads]) for w in others])
+        for index in self.writes:
+            row, col, decayed = state.writes[index]
+            u = state.like.new_zeros(*state.edge.shape[:3], state.count, state.size, state.edge.shape[3 + kept])
+            state.writes[index] = (u, col, decayed) if kept == 0 else (row, u, decayed)
+        lead = torch.broadcast_shapes(*(a.shape for row in rows for a in row))
+        a = torch.stack([torch.stack([x.expand(lead) for x in row], -1) for row in rows], -3)  # [.., C, n, C, n]
+        a = a.flatten(-4, -3).flatten(-2, -1)
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        self.inverse = torch.linalg.solve_triangular(eye - a, eye.expand_as(a), upper=state.reverse, unitriangular=True)
+
+    def solve(self, carry: Tensor, chunks: slice) -> None:
+        """Solves one chunk, which meets ``carry``, and puts u into the state's writes."""
+        state, n = self.state, len(self.writes)
+        carries = carry.unsqueeze(3)
+        known = [base[:, :, :, chunks] for base in self.base]
+        for i, reads in enumerate(self.reads):
+            known[i] = sum_all([known[i], *(state._carried(x[:, :, :, chunks], self.side, at, carries, chunks) for x, at in reads)])
+        inverse = self.inverse[:, :, :, chunks]
+        at = "later" if state.reverse else "now"
+        for i, index in enumerate(self.writes):
+            parts = [state._mix(inverse[..., i::n, j::n], x, self.kept, at, True, chunks) for j, x in enumerate(known)]
+            state.writes[index][:2][self.kept][:, :, :, chunks] = sum_all(parts)
+
+
+def sum_all(parts: Sequence[Tensor]) -> Tensor:
+    """Adds tensors up."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def suffix(x: Value, y: Value, closings: Sequence[Value], shape: Sequence[int], like: Tensor) -> Tensor:
