@@ -258,6 +258,63 @@ def bench(
 
 
 @main.command()
+@_specs()
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a target: measured where it is here, else modelled.")
+@click.option("--budget", default="5m", show_default=True, help="Time for all searches together: 90s, 5m, 2h.")
+@click.option("--trials", type=click.IntRange(1), help="Trials of each search, where fewer than the budget allows.")
+@click.option("--dtype", "dtypes", multiple=True, default=["fp32"], show_default=True, type=click.Choice(["bf16", "fp16", "fp32"]))
+@click.option("--K", "k", default=64, show_default=True, type=click.IntRange(1), help="Size of every dim but V.")
+@click.option("--V", "v", default=64, show_default=True, type=click.IntRange(1), help="Size of the dim V.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Size of one dim by name; may repeat.")
+@click.option("--B", "b", default=1, show_default=True, type=click.IntRange(1), help="Batch.")
+@click.option("--T", "t", default=2048, show_default=True, type=click.IntRange(1), help="Tokens.")
+@click.option("--H", "h", default=8, show_default=True, type=click.IntRange(1), help="Heads.")
+@click.option("--pass", "passes", multiple=True, type=click.Choice(["forward", "backward", "step"]), help="Only these; may repeat.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Of a measured call on the CPU.")
+@click.option("--storage", default="", help="An RDB or grpc://HOST:PORT that several tuners share; a journal file where not given.")
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds for one trial.")
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(3), help="Timings of each contestant in a trial.")
+@click.option("--write", is_flag=True, help="Keep what was found in the user's cache, for calls to use.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep it in this folder instead.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the search (wants matplotlib).")
+@click.option("--seed", type=int, help="Of the sampler.")
+def tune(
+    paths: list[Path],
+    device: str,
+    budget: str,
+    trials: int | None,
+    dtypes: tuple[str, ...],
+    k: int,
+    v: int,
+    dims: tuple[tuple[str, int], ...],
+    b: int,
+    t: int,
+    h: int,
+    passes: tuple[str, ...],
+    threads: int,
+    storage: str,
+    timeout: float,
+    rounds: int,
+    write: bool,
+    out: Path | None,
+    png: Path | None,
+    seed: int | None,
+) -> None:
+    """Search the fastest config of each SPEC for a device: checked against the oracle, timed beside the defaults, kept on disk.
+
+    A second run with the same arguments goes on where the first one ended, however it ended.
+    """
+    from lagen.cli_tune import folder, seconds, tune_all
+    from lagen.tune.search import Budget
+
+    spent = Budget(trials or 1 << 30, seconds(budget))
+    sizes = {"K": k, "V": v, **dict(dims)}
+    where = folder(out, write)
+    variants = [_read(p) for p in paths]
+    _end(tune_all(variants, device, dtypes, sizes, (b, t, h), threads, spent, storage, timeout, rounds, where, png, passes, seed))
+
+
+@main.command()
 @click.option("--steps", default=400, show_default=True, type=click.IntRange(1), help="Training steps.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--prompt", default="The ", show_default=True)

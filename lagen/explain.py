@@ -21,6 +21,7 @@ from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.differentiate import differentiate
 from lagen.passes.digest import digest
 from lagen.spec.read import read
+from lagen.targets.tuned import find
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _forms() -> str:
 def _source(made: Made) -> str:
     from lagen.emit.render import render
 
-    return render(made.variant, made.recurrence, made.adjoint)
+    return render(made.variant, made.recurrence, made.adjoint, tuned=find(made.variant.name, digest(made.recurrence)).entries)
 
 
 def _section(title: str, lines: list[str]) -> str:

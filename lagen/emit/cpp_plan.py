@@ -16,6 +16,7 @@ from lagen.ir import expr as E
 from lagen.ir.expr import HEADS, ONE, Expr, walk
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
 from lagen.ir.scalar import FUNCTIONS
+from lagen.ir.tunable import AtMost, Tunable, Tunables
 from lagen.ir.variant import Tensor
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
@@ -120,6 +121,28 @@ class Program:
                     lines.append(f"    {s.node}")
             lines.extend(f"    store {name}" for name, _ in p.stores)
         return "\n".join(lines)
+
+
+REGISTERS = 32
+"""Vector registers of the widest machine; where there are fewer, the C++ itself takes fewer tokens a group."""
+
+
+def tunables(program: Program, pass_: str, cores: int = 1) -> Tunables:
+    """Returns what may be chosen of one direction: the macros of templates/cpp/sweep.h.j2, and how many of ``cores`` threads it takes."""
+    sweeps = [s for p in program.passes for s in p.steps if isinstance(s, Sweep)]
+    if not sweeps:
+        return Tunables(())
+    least = min(len(s.writes) + len(s.reads) for s in sweeps)
+    found = [
+        Tunable(f"{pass_} tile", (8, 16, 32, 64), 16, "tokens whose values are computed, then swept, at a time"),
+        Tunable(f"{pass_} wide", (1, 2, 4), 2, "vectors of a state's row that a walk keeps in registers"),
+        Tunable(f"{pass_} group", (1, 2, 4, 8), 4, "tokens that share a walk over the state, where the registers hold them"),
+    ]
+    if cores > 1:
+        counts = (0, *(1 << i for i in range(cores.bit_length()) if 1 << i < cores))
+        found.append(Tunable(f"{pass_} threads", counts, 0, "threads at most; 0: as many as torch has", static=False))
+    limit = AtMost((f"{pass_} wide", f"{pass_} group"), max(8, REGISTERS // least), "no sweep's group would fit the registers")
+    return Tunables(tuple(found), (limit,))
 
 
 def plan_forward(recurrence: Recurrence) -> Program | Fallback:

@@ -23,8 +23,9 @@ from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import digest as algebra
 from lagen.passes.digest import identity
+from lagen.targets.tuned import Entry
 
-SUPPORT = ("signature", "packed", "dispatch", "operator", "chunked", "cpp")
+SUPPORT = ("choice", "signature", "packed", "dispatch", "operator", "chunked", "cpp")
 """The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
 
 PRINTED = ("cpp", "triton")
@@ -49,10 +50,13 @@ def support() -> dict[str, str]:
     return own | {"_sweeps.h": render_sweeps()}
 
 
-def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: Sequence[str] = PRINTED) -> str:
+def render(
+    variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: Sequence[str] = PRINTED, tuned: Sequence[Entry] = ()
+) -> str:
     """Renders the module of one variant; it imports torch, triton where it has kernels, and the files of ``support``.
 
-    ``printed`` names the backends beside torch to print where there is a printer for what the variant does.
+    ``printed`` names the backends beside torch to print where there is a printer for what the variant does; ``tuned`` are the configs
+    that its calls look up.
     """
     kernels = _kernels(recurrence, adjoint) if "triton" in printed else Fallback("not asked for")
     step = "torch_step" if variant.causal else "None"
@@ -89,11 +93,21 @@ def render(variant: Variant, recurrence: Recurrence, adjoint: Adjoint, printed: 
         "causal": variant.causal,
         "sizes": repr(tuple((dim, formula(size)) for dim, size in variant.sizes)),
         "backends": backends,
+        "tuned": _rows(tuned),
         "digest": "",
     }
     whole = _fill("module.py.j2", values)
     digest = hashlib.sha256("\0".join([whole, *support().values()]).encode()).hexdigest()
     return _fill("module.py.j2", values | {"digest": digest[:12]})
+
+
+def _rows(tuned: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+    """Prints tuned entries as rows of the module's table, by device."""
+    devices: dict[str, list[str]] = {}
+    for e in sorted(tuned, key=lambda e: (e.device, e.key)):
+        given = f'"{e.of}", "{e.dtype}", {e.dims!r}, {e.tokens}, {e.heads}, {e.config.table!r}'.replace("'", '"')
+        devices.setdefault(e.device, []).append(f"Row({given}),  # {e.how}")
+    return list(devices.items())
 
 
 def summed_gates(adjoint: Adjoint) -> bool:

@@ -18,8 +18,10 @@ from lagen.emit.render import PRINTED, render, render_package, support
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
+from lagen.passes.digest import digest as algebra
 from lagen.passes.dump import asked, dump
 from lagen.passes.plan import plan
+from lagen.targets.tuned import Entry, find
 
 MANIFEST = "lagen.json"
 
@@ -28,11 +30,15 @@ class BuildRefused(Exception):
     """Says why a folder is not written to, and what to do."""
 
 
-def generate(variant: Variant, printed: Sequence[str] = PRINTED) -> str:
-    """Compiles a variant to the text of its module; raises the refusals of canonicalise. ``printed`` as for render."""
+def generate(variant: Variant, printed: Sequence[str] = PRINTED, tuned: Sequence[Entry] | None = None) -> str:
+    """Compiles a variant to the text of its module; raises the refusals of canonicalise. ``printed`` as for render.
+
+    The module carries the configs ``tuned``: where not given, those of the user's cache over those shipped.
+    """
     recurrence = canonicalise(variant)
     adjoint = differentiate(recurrence)
-    source = render(variant, recurrence, adjoint, printed)
+    chosen = find(variant.name, algebra(recurrence)).entries if tuned is None else tuned
+    source = render(variant, recurrence, adjoint, printed, chosen)
     for stage, value in (("variant", variant), ("recurrence", recurrence), ("adjoint", adjoint), ("source", source)):
         dump(stage, value)
     if asked("plan"):

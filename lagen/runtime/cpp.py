@@ -19,17 +19,19 @@ import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lagen.runtime.choice import NOTHING, Choice, processor
 from lagen.runtime.signature import Argument, OperatorSpec, measure
 
 Tensors = tuple[Tensor, ...]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 INCLUDE = '#include "_sweeps.h"\n'
@@ -62,7 +64,7 @@ def cache() -> Path:
     return Path(os.environ.get("LAGEN_CACHE_DIR") or platformdirs.user_cache_dir("lagen")) / "cpp"
 
 
-def processor() -> str:
+def features() -> str:
     """Returns what -march=native depends on: the processor's model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -77,29 +79,34 @@ def trimmed(source: str) -> str:
     return source.strip() + "\n"
 
 
-def build(source: str, name: str) -> Path | Missing:
-    """Returns the shared object of ``source``, compiled where the cache lacks it."""
+def defines(config: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns what the compiler is told of a config: sizes that the C++ has as macros. The number of threads is no affair of its."""
+    return tuple(f"-DLG_{name.upper()}={value}" for name, value in sorted(config.items()) if name != "threads")
+
+
+def build(source: str, name: str, told: tuple[str, ...] = ()) -> Path | Missing:
+    """Returns the shared object of ``source``, compiled where the cache lacks it; ``told`` are ``defines``."""
     from filelock import FileLock
 
     found = compilers()
     if not found:
         named = os.environ.get("CXX")
         return Missing(f"$CXX names {named}, which is not there" if named else "no C++ compiler (g++ or clang++) is on the PATH; set CXX")
-    told = ""
+    complaint = ""
     for compiler in found:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
         for extra in EXTRAS:
-            flags = (*BASE, *extra)
-            key = hashlib.sha256("\0".join([source, *flags, compiler, version, processor()]).encode()).hexdigest()[:24]
+            flags = (*BASE, *extra, *told)
+            key = hashlib.sha256("\0".join([source, *flags, compiler, version, features()]).encode()).hexdigest()[:24]
             path = cache() / f"{name}_{key}.so"
             if path.is_file():
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
-                told = "" if path.is_file() else _compile(compiler, flags, source, path)
-            if not told:
+                complaint = "" if path.is_file() else _compile(compiler, flags, source, path)
+            if not complaint:
                 return path
-    return Missing(f"{found[-1]} refuses the generated file: {told}")
+    return Missing(f"{found[-1]} refuses the generated file: {complaint}")
 
 
 def _compile(compiler: str, flags: Sequence[str], source: str, path: Path) -> str:
@@ -127,9 +134,13 @@ def _note_fork() -> None:
 os.register_at_fork(after_in_child=_note_fork)
 
 
-def threads() -> int:
-    """Returns how many threads a call takes: torch's number, but one in a forked child, where OpenMP's pool did not come along."""
-    return 1 if _forked else torch.get_num_threads()
+def threads(most: int = 0) -> int:
+    """Returns how many threads a call takes: torch's number, but one in a forked child, where OpenMP's pool did not come along.
+
+    ``most`` limits them, where it is not 0.
+    """
+    count = 1 if _forked else torch.get_num_threads()
+    return min(count, most) if most else count
 
 
 @dataclass(frozen=True)
@@ -170,11 +181,13 @@ class CppBackend:
     The shared object is built at the first call. ``fallback`` holds the torch functions that serve without a compiler.
     """
 
-    def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...]) -> None:
+    def __init__(self, spec: OperatorSpec, source: str, fallback: tuple[Callable[..., object], ...], choice: Choice | None = None) -> None:
         header = Path(__file__).with_name("_sweeps.h")  # beside this file in a built package
         included = header.read_text(encoding="utf-8") if INCLUDE in source else ""
         self.spec, self.source, self.fallback = spec, trimmed(source).replace(INCLUDE, included), fallback
         self.loaded: ctypes.CDLL | Missing | None = None
+        self.choice = choice or Choice({})
+        self.tuned: dict[tuple[str, ...], ctypes.CDLL] = {}
         self.plans: dict[object, StepPlan] = {}
         self.entry: Callable[[int], int] | None = None  # of the step that writes in place
         self.heads = spec.outputs[0].head
@@ -193,6 +206,25 @@ class CppBackend:
                 warnings.warn(f"{self.spec.name} runs as torch code on the CPU, many times slower: {self.loaded.reason}", stacklevel=2)
         return None if isinstance(self.loaded, Missing) else self.loaded
 
+    def choose(self, of: str, dtype: torch.dtype, sizes: dict[str, int], tokens: int, tasks: int) -> Mapping[str, int]:
+        """Returns the tuned config of a call, empty where none was tuned."""
+        if not self.choice.rows:
+            return NOTHING
+        return self.choice.find(processor(), of, NAMES[dtype], tuple([(d, sizes[d]) for d in self.dims]), tokens, tasks)[0]
+
+    def library_of(self, config: Mapping[str, int]) -> ctypes.CDLL | None:
+        """Returns the shared object of a tuned config, built where needed; None as ``library``."""
+        told = defines(config) if config else ()
+        if not told or isinstance(self.loaded, Missing):
+            return self.library()
+        found = self.tuned.get(told)
+        if found is None:
+            built = build(self.source, self.spec.name, told)
+            if isinstance(built, Missing):
+                return self.library()
+            found = self.tuned[told] = ctypes.CDLL(str(built))
+        return found
+
     def measure(self, inputs: Tensors, params: Tensors, lead: int) -> dict[str, int]:
         """Reads the sizes of all dims off the tensors; ``lead`` counts the dims before the head."""
         sizes: dict[str, int] = {}
@@ -207,15 +239,15 @@ class CppBackend:
             sizes[dim] = measure(formula, sizes)
         return sizes
 
-    def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float, bounds: int = 0) -> list[int]:
-        """Returns the words in front of a call: sizes, threads, the address of packed sequences' ``bounds``, and scale."""
+    def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float, bounds: int = 0, most: int = 0) -> list[int]:
+        """Returns the words in front of a call: sizes, threads (``most``, where given), the address of packed ``bounds``, and scale."""
         bits = struct.unpack("q", struct.pack("d", scale))[0]
-        return [batch, time, sizes[self.heads], threads(), 1, 0, bounds, bits, *(sizes[d] for d in self.dims)]
+        return [batch, time, sizes[self.heads], threads(most), 1, 0, bounds, bits, *(sizes[d] for d in self.dims)]
 
-    def share(self, library: ctypes.CDLL, sizes: dict[str, int], batch: int) -> Split:
+    def share(self, library: ctypes.CDLL, sizes: dict[str, int], batch: int, most: int = 0) -> Split:
         """Returns how threads share a head where there are fewer heads than threads."""
         index = ctypes.c_int64.in_dll(library, "lagen_split").value
-        wanted = -(-threads() // max(1, batch * sizes[self.heads]))
+        wanted = -(-threads(most) // max(1, batch * sizes[self.heads]))
         if index < 0 or wanted < 2:
             return Split("", 1, 0)
         size = sizes[self.dims[index]]
@@ -223,11 +255,9 @@ class CppBackend:
         width = -(-vectors // wanted) * LANES
         return Split(self.dims[index], -(-size // width), width)
 
-    def run(self, name: str, words: Sequence[int]) -> None:
-        """Calls into the shared object; raises MemoryError where it lacks memory."""
+    def run(self, library: ctypes.CDLL, name: str, words: Sequence[int]) -> None:
+        """Calls into a shared object; raises MemoryError where it lacks memory."""
         packed = array.array("q", words)
-        library = self.library()
-        assert library is not None
         if library[name](ctypes.c_void_p(packed.buffer_info()[0])):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of {name}")
 
@@ -242,16 +272,17 @@ class CppBackend:
     ) -> tuple[Tensors, Tensors | None, Tensors]:
         """Computes outputs and final states."""
         first = inputs[0]
-        library = self.library() if first.is_cpu else None
-        if library is None:
-            return self.fallback[0](inputs, params, scale, initial_states, output_final_state, cu_seqlens)  # type: ignore[return-value]
         spec, (batch, time) = self.spec, first.shape[:2]
         count, bounds, many = _sequences(batch, cu_seqlens)
         sizes = self.measure(inputs, params, 2)
         heads = sizes[self.heads]
+        config = self.choose("forward", first.dtype, sizes, time, batch * heads)
+        library, most = self.library_of(config) if first.is_cpu else None, config.get("threads", 0)
+        if library is None:
+            return self.fallback[0](inputs, params, scale, initial_states, output_final_state, cu_seqlens)  # type: ignore[return-value]
         held: list[Tensor] = []
-        words = self.head_words(sizes, count, time, scale, bounds.data_ptr() if many else 0)
-        split = self.share(library, sizes, count)
+        words = self.head_words(sizes, count, time, scale, bounds.data_ptr() if many else 0, most)
+        split = self.share(library, sizes, count, most)
         words[4:6] = (split.parts, split.width)
         for a, x in zip(spec.inputs, inputs, strict=True):
             words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes), many=many)
@@ -272,7 +303,7 @@ class CppBackend:
                 else _words(a, initial_states[i].contiguous(), heads, sizes, 1, held, split.stride(a, sizes))
             )
             words += NO_TENSOR if finals is None else _words(a, finals[i], heads, sizes, 1, held, split.once(a, sizes))
-        self.run("lagen_forward", words)
+        self.run(library, "lagen_forward", words)
         return outputs, finals, ()
 
     def backward(
@@ -290,19 +321,20 @@ class CppBackend:
     ) -> tuple[Tensors, Tensors, Tensors | None]:
         """Computes the gradients of inputs, params and initial states."""
         first = inputs[0]
-        library = self.library() if first.is_cpu else None
+        spec, (batch, time) = self.spec, first.shape[:2]
+        sizes = self.measure(inputs, params, 2)
+        heads = sizes[self.heads]
+        config = self.choose("backward", first.dtype, sizes, time, batch * heads)
+        library, most = self.library_of(config) if first.is_cpu else None, config.get("threads", 0)
         if library is None:
             return self.fallback[1](  # type: ignore[return-value]
                 inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states, cu_seqlens
             )
-        spec, (batch, time) = self.spec, first.shape[:2]
         count, bounds, many = _sequences(batch, cu_seqlens)
-        sizes = self.measure(inputs, params, 2)
-        heads = sizes[self.heads]
         held: list[Tensor] = []
         absent = ctypes.c_int64.in_dll(library, "lagen_absent").value
-        words = self.head_words(sizes, count, time, scale, bounds.data_ptr() if many else 0)
-        split = self.share(library, sizes, count)
+        words = self.head_words(sizes, count, time, scale, bounds.data_ptr() if many else 0, most)
+        split = self.share(library, sizes, count, most)
         words[4:6] = (split.parts, split.width)
         gradients: list[Tensor | None] = []
         for i, (a, x) in enumerate(zip(spec.inputs + spec.params, inputs + params, strict=True)):
@@ -338,7 +370,7 @@ class CppBackend:
                 if d_final_states is None
                 else _words(a, d_final_states[i].contiguous(), heads, sizes, 1, held, split.once(a, sizes))
             )
-        self.run("lagen_backward", words)
+        self.run(library, "lagen_backward", words)
         n = len(inputs)
         given = spec.inputs + spec.params
         gradients = [d.sum(0) if d is not None and split.lead(a) else d for a, d in zip(given, gradients, strict=True)]

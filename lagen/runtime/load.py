@@ -19,10 +19,11 @@ from filelock import FileLock
 from lagen import data
 from lagen.emit.render import PRINTED, render_package
 from lagen.ir.variant import Variant
-from lagen.runtime import chunked, dispatch, operator, packed, signature
+from lagen.runtime import choice, chunked, dispatch, operator, packed, signature
 from lagen.runtime.build import digest_of, generate, write
 from lagen.runtime.operator import Operator
 from lagen.spec.read import read
+from lagen.targets.tuned import Entry
 
 
 class ForeignFile(ImportError):
@@ -44,14 +45,15 @@ class _Verified(SourceFileLoader):
         return self.source_to_code(content, self.path)
 
 
-def load(spec: str | Path | Variant, printed: Sequence[str] = PRINTED) -> Operator:
+def load(spec: str | Path | Variant, printed: Sequence[str] = PRINTED, tuned: Sequence[Entry] | None = None) -> Operator:
     """Returns the operator of a spec: the path of a file, the name of a shipped spec, or a Variant.
 
-    ``printed`` names the backends beside torch that it gets. Raises SpecErrors for mistakes in the file, the refusals of canonicalise,
+    ``printed`` names the backends beside torch that it gets; ``tuned`` the configs that it carries, where not those found.
+    Raises SpecErrors for mistakes in the file, the refusals of canonicalise,
     KeyError for an unknown name, OSError where the file or the cache cannot be used.
     """
     variant = spec if isinstance(spec, Variant) else read(_find(spec))
-    files = render_package({variant.name: generate(variant, printed)})
+    files = render_package({variant.name: generate(variant, printed, tuned)})
     digest = digest_of("\0".join(f"{n}\0{t}" for n, t in sorted(files.items())).encode())[:16]
     package = f"lagen_cache_{variant.name}_{digest}"
     folder = data.cache() / "operators" / f"{variant.name}_{digest}"
@@ -87,7 +89,7 @@ def _import(package: str, folder: Path, files: dict[str, str]) -> None:
     with ExitStack() as undo:
         undo.callback(sys.modules.pop, package, None)
         sys.modules[package] = module_from_spec(ModuleSpec(package, None, origin=str(folder), is_package=True))
-        for own in (signature, packed, dispatch, operator, chunked):
+        for own in (choice, signature, packed, dispatch, operator, chunked):
             alias = f"{package}._{own.__name__.rpartition('.')[2]}"
             undo.callback(sys.modules.pop, alias, None)
             sys.modules[alias] = own

@@ -1,0 +1,109 @@
+"""One job from its study to its entries: search, prove the winner anew, and say what was found."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lagen import __version__
+from lagen.ir.tunable import Config, Tunables
+from lagen.targets.tuned import Entry
+from lagen.tune.job import Job
+from lagen.tune.measure import Measure
+from lagen.tune.outcome import Failed, Outcome, Timed
+from lagen.tune.search import Budget, Judge, State, search
+from lagen.tune.space import space_of
+from lagen.tune.studies import opened
+
+PROOF = 3
+"""How many times as many rounds the winner is timed at the end as a trial."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job's search found. ``chosen`` is the defaults' config, empty, where nothing beat them by more than the noise."""
+
+    job: Job
+    space: Tunables
+    state: State
+    chosen: Config
+    proof: Outcome | None
+    entries: tuple[Entry, ...]
+
+
+def run(
+    job: Job,
+    budget: Budget,
+    storage: str = "",
+    timeout: float = 120.0,
+    rounds: int = 15,
+    progress: Callable[[State], None] = lambda state: None,
+    seed: int | None = None,
+    judge: Judge | None = None,
+) -> Result:
+    """Searches a job, continuing its study where there is one, and re-measures the winner in a fresh process.
+
+    Raises studies.Busy and studies.BadStorage.
+    """
+    space = space_of(job)
+    judging = judge or judge_of(job, timeout, rounds)
+    with opened(job.study, storage, seed) as study:
+        state = search(study, space, judging, budget, progress, seed)
+    best = state.best
+    chosen, proof = Config(), None
+    if best is not None and best.config != space.default:
+        proof = _prove(judging, space, best.config)
+        if isinstance(proof, Timed) and proof.ratio < 1.0 - proof.noise:
+            chosen = different(space, best.config)
+    elif best is not None:
+        proof = best.outcome
+    return Result(job, space, state, chosen, proof, _entries(job, space, state, chosen, proof))
+
+
+def judge_of(job: Job, timeout: float, rounds: int) -> Judge:
+    """Returns who judges a job: the device where it is here, else the model."""
+    return Measure(job, timeout, rounds)
+
+
+def _prove(judge: Judge, space: Tunables, config: Config) -> Outcome:
+    """Judges the winner once more against the defaults, with more rounds where it is timed."""
+    if isinstance(judge, Measure):
+        judge = replace(judge, rounds=judge.rounds * PROOF, timeout=judge.timeout * PROOF)
+    return judge.judge(config, space.default, ())
+
+
+def different(space: Tunables, config: Config) -> Config:
+    """Returns what a config has that is no default."""
+    default = space.default.table
+    return Config.of({n: v for n, v in config.values if default[n] != v})
+
+
+def space_digest(space: Tunables) -> str:
+    """Returns the digest of a space: an entry of another one may mean something else."""
+    return hashlib.sha256(str(space).encode()).hexdigest()[:8]
+
+
+def _entries(job: Job, space: Tunables, state: State, chosen: Config, proof: Outcome | None) -> tuple[Entry, ...]:
+    if proof is None or (isinstance(proof, Failed) and not state.done):
+        return ()
+    timed = proof if isinstance(proof, Timed) else None
+    notes = {
+        "lagen": __version__,
+        "space": space_digest(space),
+        "batch": str(job.batch),
+        "torch": importlib.metadata.version("torch"),
+    }
+    if timed and timed.note:
+        notes["clock" if job.here else "model"] = timed.note
+    if not job.here:
+        notes["triton"] = importlib.metadata.version("triton")
+    if not chosen.values:
+        notes["verdict"] = "nothing beat the defaults by more than the noise" if job.here else "nothing modelled better than the defaults"
+    numbers = {} if timed is None else {"time": timed.time, "default": timed.default, "noise": timed.noise}
+    if timed and not chosen.values:
+        numbers["time"] = timed.default
+    told: dict[str, Any] = {"trials": len(state.done), "notes": tuple(sorted(notes.items())), **numbers}
+    return job.entries(chosen, "measured" if job.here else "modelled", **told)
