@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lagen import compat as compat
     from lagen import nn as nn
     from lagen.runtime.load import load as load
 
-__all__ = ["__version__", "load", "nn"]
+__all__ = ["__version__", "compat", "load", "nn"]
 __version__ = "0.1.0"
-ROOMS = ("nn",)
+ROOMS = ("compat", "nn")
 
 
 def __getattr__(name: str) -> object:

@@ -29,7 +29,8 @@ ABOVE: dict[str, set[str]] = {
     "cli": {"data", "ir", "spec", "passes", "emit", "runtime", "targets", "tune", "verify", "explain", "bench", "demo"},
     "__main__": {"cli"},
     "nn": {"ir", "runtime", "spec"},
-    "__init__": {"runtime", "nn"},
+    "compat": {"data", "runtime"},
+    "__init__": {"runtime", "nn", "compat"},
 }
 HOMES = {
     "jinja2": {"emit"},
