@@ -170,13 +170,13 @@ def runner(operator: Operator, case: Case, passes: Sequence[str], backend: str) 
         return lambda: step(one, params, scale, held)
 
     def forward() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        outputs, _, saved = served.forward(inputs, params, scale, None, False)
+        outputs, _, saved = served.forward(inputs, params, scale, None, False, None)
         return outputs, saved
 
     outputs, saved = forward()
 
     def backward(outputs: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        d_inputs, d_params, _ = served.backward(inputs, params, scale, None, saved, outputs, None, case.d_outputs, None)
+        d_inputs, d_params, _ = served.backward(inputs, params, scale, None, saved, outputs, None, case.d_outputs, None, None)
         return (*d_inputs, *d_params)
 
     if passes == ("forward",):
