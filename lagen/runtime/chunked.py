@@ -484,7 +484,7 @@ class System:
             state.writes[index] = (u, col, decayed) if kept == 0 else (row, u, decayed)
         lead = torch.broadcast_shapes(*(a.shape for row in rows for a in row))
         a = torch.stack([torch.stack([x.expand(lead) for x in row], -1) for row in rows], -3)  # [.., C, n, C, n]
-        a = a.flatten(-4, -3).flatten(-2, -1)
+        a = a.flatten(-4, -3).flatten(-2, -1).to(state.like.dtype)  # autocast may have narrowed it
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         self.inverse = torch.linalg.solve_triangular(eye - a, eye.expand_as(a), upper=state.reverse, unitriangular=True)
 

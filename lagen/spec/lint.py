@@ -103,15 +103,23 @@ class _Line:
                             help = f"assume `{_short(gain)} <= 2`, or normalise: l2norm(k) and a gate in [0, 2]"
                             yield self.warn("delta-gain", read, message, help)
 
+    def within_one(self, x: Expr) -> bool:
+        """Tells whether |x| is at most 1."""
+        low, high = self.bounds.interval(x)
+        return -1.0 <= low and high <= 1.0
+
     def gain(self, outside: list[Expr], write: Expr, reads: list[Expr]) -> Expr | None:
-        """Returns |scalars| * dot(k, k) of a correction that writes and reads along one vector k, None where they differ."""
+        """Returns |scalars| * dot(k, k) of a correction that writes and reads along one vector k, None where they differ.
+
+        Scalars that only make it smaller are left out.
+        """
         if len(reads) != 1:
             return None
         wrote, read = _split(write), _split(reads[0])
         along = [f for f in wrote if f.dims]
         if along != [f for f in read if f.dims] or not along:
             return None
-        scalars = [*outside, *(f for f in wrote + read if not f.dims)]
+        scalars = [f for f in (*outside, *wrote, *read) if not f.dims and not self.within_one(f)]
         k = E.mul(*along)
         return E.mul(*(f if self.bounds.interval(f)[0] >= 0.0 else E.call("abs", f) for f in scalars), E.contract(k, k))
 
