@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lagen import compat as compat
     from lagen import nn as nn
+    from lagen import parallel as parallel
     from lagen.runtime.load import load as load
 
-__all__ = ["__version__", "compat", "load", "nn"]
+__all__ = ["__version__", "compat", "load", "nn", "parallel"]
 __version__ = "0.1.0"
-ROOMS = ("compat", "nn")
+ROOMS = ("compat", "nn", "parallel")
 
 
 def __getattr__(name: str) -> object:

@@ -30,7 +30,8 @@ ABOVE: dict[str, set[str]] = {
     "__main__": {"cli"},
     "nn": {"ir", "runtime", "spec"},
     "compat": {"data", "runtime"},
-    "__init__": {"runtime", "nn", "compat"},
+    "parallel": {"ir", "passes", "runtime", "spec"},
+    "__init__": {"runtime", "nn", "compat", "parallel"},
 }
 HOMES = {
     "jinja2": {"emit"},
