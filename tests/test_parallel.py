@@ -22,11 +22,24 @@ from lagen.spec import read, read_text
 
 B, H, SIZES = 2, 2, {"HV": 2, "K": 4, "V": 3, "M": 3}
 LENGTHS = {2: (9, 4), 4: (5, 0, 7, 1)}
-SPECS = ("linear_attention", "retnet", "simple_gla", "mamba2", "gla", "rwkv6", "hgrn2", "gated_rfa", "metala")
-CHECKED = (*SPECS, "fla/gla_gates")
+DIAGONAL = ("linear_attention", "retnet", "simple_gla", "gla", "rwkv6", "gated_rfa", "fla/gla_gates")
+CORRECTED = ("delta_rule", "gated_deltanet", "rwkv7", "gated_deltaproduct", "gated_oja")
+VALUED = """
+name: valued
+doc: corrected on the keys and decayed on the values, so that what tokens do differs by value channel
+inputs: {q: [H, K], k: [H, K], v: [H, V], c: [H, V], beta: [H]}
+assume:
+  - c <= 0
+recurrence:
+  S: exp(c) * S[t-1] + beta * outer(k, v - k @ (exp(c) * S[t-1]))
+  o: scale * (q @ S[t])
+"""
+CHECKED = (*DIAGONAL, *CORRECTED, VALUED)
 
 
 def operator(name: str) -> Operator:
+    if "\n" in name:
+        return lagen.load(read_text(name), printed=())
     folder, _, stem = name.rpartition("/")
     return lagen.load(read(data.folder("specs") / folder / f"{stem}.yaml"), printed=())
 

@@ -57,10 +57,12 @@ class Feed(nn.Module):
     def __init__(self, variant: Variant, declared: Declared, shape: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.shape = shape
-        self.bound: Bound = bound_of(variant, declared.name)
+        squares, highs = product_bounds(variant)
+        own = bound_of(variant, declared.name)
+        self.bound = Bound(own.low, min(own.high, highs.get(declared.name, math.inf)))
         self.gate = is_gate(variant, declared)
         self.decays = declared.name in gate_inputs(variant)
-        self.square = square_bound(variant, declared.name)
+        self.square = squares.get(declared.name, 0.0)
         self.linear = projection(width, math.prod(shape), bias=self.gate and not _has_bias(variant, declared.name))
 
     def extra_repr(self) -> str:
@@ -94,14 +96,25 @@ class Feed(nn.Module):
         return self.after(self.before(x))
 
 
-def square_bound(variant: Variant, name: str) -> float:
-    """Returns c where the variant assumes dot(name, name) <= c, else 0."""
+def product_bounds(variant: Variant) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns what assumptions on products of squared lengths leave to each: squared lengths of vectors, upper bounds of numbers."""
+    squares: dict[str, float] = {}
+    highs: dict[str, float] = {}
     for fact in variant.assumptions:
-        if fact.op in ("lt", "le", "gt", "ge"):
-            left, right = fact.args if fact.op in ("lt", "le") else fact.args[::-1]
-            if right.op == "const" and left.op == "contract" and all(_leaf(a, name) for a in left.args):
-                return right.value
-    return 0.0
+        if fact.op not in ("lt", "le", "gt", "ge"):
+            continue
+        left, right = fact.args if fact.op in ("lt", "le") else fact.args[::-1]
+        factors = _factors(left)
+        vectors = [f.args[0].name for f in factors if f.op == "contract" and f.args[0] == f.args[1] and f.args[0].op == "input"]
+        numbers = [f.name for f in factors if f.op == "input" and not f.dims]
+        if vectors and right.op == "const":
+            squares |= dict.fromkeys(vectors, 1.0 if numbers else right.value ** (1 / len(vectors)))
+            highs |= dict.fromkeys(numbers, right.value / 2)
+    return squares, highs
+
+
+def _factors(e: Expr) -> list[Expr]:
+    return [f for a in e.args for f in _factors(a)] if e.op == "mul" else [e]
 
 
 def _leaf(e: Expr, name: str) -> bool:
