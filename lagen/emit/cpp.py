@@ -169,6 +169,16 @@ def _pad(dim: str) -> str:
     return f"z.pad_{dim}" if dim else "1"
 
 
+def _cells(s: Sweep) -> str:
+    """Prints how many floats the state of a sweep takes."""
+    return f"{_size(s.rows)} * {_pad(s.lanes)}" if s.rows else _pad(s.lanes)
+
+
+def _on(gate: Expr, row: tuple[str, ...]) -> str:
+    """Prints where a decay stands on a sweep's state."""
+    return "NUMBER" if not gate.dims else "ROW" if gate.dims == row else "LANE"
+
+
 @dataclass
 class _Printer:
     """The text of one direction as it grows."""
@@ -204,7 +214,14 @@ class _Printer:
             dim = (self.sums()[name].dims or ("",))[0]
             members.append(f"double* {name};")
             built.append(f"{name} = a.doubles({_pad(dim)});")
+        for s in dict.fromkeys(m.first for m in program.meetings):
+            members.append(f"float* kept_{s.label};  // what {s.label} is before every KEPT-th token")
+            built.append(f"kept_{s.label} = a.floats(keeps(z.T) * {_cells(s)});")
+        met = {f"met_{self.names[m.suffix]}": (m.suffix.dims or ("",))[0] for m in program.meetings}
+        members += [f"double* {name};" for name in met]
+        built += [f"{name} = a.doubles(keeps(z.T) * {_pad(dim)});" for name, dim in met.items()]
         start = [f"memset(w.{name}, 0, 8 * {_pad((e.dims or ('',))[0])});" for name, e in self.sums().items()]
+        start += [f"memset(w.{name}, 0, 8 * keeps(z.T) * {_pad(dim)});" for name, dim in met.items()]
         start += [self.load_param(n) for n in program.params]
         for step in program.once:
             start += self.step(step, once=True)
@@ -386,7 +403,9 @@ class _Printer:
             n = step.node
             pad = _pad((n.dims or ("",))[0])
             x, y, decay = (self.operand(a) for a in n.args)
-            return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, {decay}, n, {pad}, t0 + n == z.T);"]
+            anew = any(m.suffix == n for m in self.program.meetings)
+            met = f"is_kept(t0) ? w.met_{self.names[n]} + t0 / KEPT * {pad} : nullptr" if anew else "nullptr"
+            return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, {decay}, n, {pad}, t0 + n == z.T, {met});"]
         return self.resize(step, once)
 
     def value(self, node: Expr, dim: str, inside: set[Expr], preamble: dict[str, str], body: list[str]) -> str:
@@ -494,9 +513,11 @@ class _Printer:
             lines.append("  const Written writes[] = {" + ", ".join(self.written(s, w) for w in s.writes) + "};")
         if reads:
             lines.append("  const Readout reads[] = {" + ", ".join(self.read(s, r) for r in reads) + "};")
+        between = self.between(s, row)
+        lines += [] if s.state.reverse else between
         for node, swept, index in closings:
             if swept == s:
-                on = "NUMBER" if not node.dims else "ROW" if node.dims == row else "LANE"
+                on = _on(node, row)
                 name = s.state.name
                 first = f" {self.is_first(s)}, {_step(s)}," if s.rows else ""
                 assert s.decay[index].dims == node.dims, f"{node} closes another decay of {name}"
@@ -512,7 +533,20 @@ class _Printer:
             lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead).tile(n, {way});")
         else:
             lines.append(f"  sweep{shape}(w.{s.label}, n, {way}, decay, {operands});")
-        return [*lines, "}"]
+        return [*lines, *(between if s.state.reverse else []), "}"]
+
+    def between(self, s: Sweep, row: tuple[str, ...]) -> list[str]:
+        """Prints what a sweep's state is kept for, and what it meets, where it stands before the tile's first token."""
+        meetings, lines = self.program.meetings, list[str]()
+        if any(m.first == s for m in meetings):
+            lines.append(f"  if (is_kept(t0)) w.{s.label}.keep(w.kept_{s.label} + t0 / KEPT * {_cells(s)});")
+        for m in meetings:
+            if m.second == s:
+                met = f"w.met_{self.names[m.suffix]} + t0 / KEPT * {_pad((m.suffix.dims or ('',))[0])}"
+                turned = f", {'true' if m.first.rows != s.rows else 'false'}" if s.rows else ""
+                kept = f"w.kept_{m.first.label} + t0 / KEPT * {_cells(m.first)}"
+                lines.append(f"  if (is_kept(t0)) w.{s.label}.meet({met}, {_on(m.suffix, row)}, {kept}{turned});")
+        return lines
 
     def written(self, s: Sweep, w: tuple[Expr, Expr, bool]) -> str:
         before = "true" if s.state.reverse and w[2] else "false"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
 from lagen.ir.expr import HEADS, ONE, Expr, walk
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings, readout
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.tunable import AtMost, Tunable, Tunables
 from lagen.ir.variant import Tensor
@@ -96,6 +96,19 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """A state and the reverse state that a suffix covers: what they hold between two tokens gives the suffix's value there.
+
+    d/dg_t = <S_{t-1}, dS_{t-1}>, summed to where the decay stands. The sweep of the earlier pass keeps its state every so many tokens,
+    that of the later one meets it there, and the running sum starts anew: its differences cancel over few tokens, not over all.
+    """
+
+    suffix: Expr
+    first: Sweep
+    second: Sweep
+
+
+@dataclass(frozen=True)
 class Program:
     """One direction. ``once`` is computed before the tokens; ``kept`` values have a row for every token."""
 
@@ -106,6 +119,7 @@ class Program:
     kept: tuple[Expr, ...]
     sinks: tuple[tuple[str, Expr], ...]
     ends: tuple[Sweep, ...]  # per state in order, the sweep whose end is the state's final value
+    meetings: tuple[Meeting, ...]
 
     def __str__(self) -> str:
         lines = [f"program over {self.head or 'no head'}"]
@@ -132,10 +146,10 @@ def tunables(program: Program, pass_: str, cores: int = 1) -> Tunables:
     sweeps = [s for p in program.passes for s in p.steps if isinstance(s, Sweep)]
     if not sweeps:
         return Tunables(())
-    least = min(len(s.writes) + len(s.reads) for s in sweeps)
+    least = max(1, min(len(s.reads) for s in sweeps))
     found = [
         Tunable(f"{pass_} tile", (8, 16, 32, 64), 16, "tokens whose values are computed, then swept, at a time"),
-        Tunable(f"{pass_} wide", (1, 2, 4), 2, "vectors of a state's row that a walk keeps in registers"),
+        Tunable(f"{pass_} wide", (1, 2, 4), 4, "vectors of a state's row that a walk keeps in registers"),
         Tunable(f"{pass_} group", (1, 2, 4, 8), 4, "tokens that share a walk over the state, where the registers hold them"),
     ]
     if cores > 1:
@@ -336,7 +350,7 @@ class _Planner:
         nodes = self.everything()
         self.make_sweeps(nodes)
         ends = tuple(self.first_sweep(name) for name in self.ends)
-        closings = [
+        closed = [
             (n, self.first_sweep(name), next(i for i, d in enumerate(self.states[name].decay) if d.dims == n.dims))
             for n in nodes
             if n.op == "suffix"
@@ -354,11 +368,31 @@ class _Planner:
             needed, loads = self.needed(wanted, level, kept, constants)
             if needed or sweeps or stores:
                 steps = schedule(needed, sweeps)
-                closed = tuple(c for c in closings if c[1].level == level)
-                passes.append(Pass(bool(level % 2), loads, steps, stores, closed))
+                here = tuple(c for c in closed if c[1].level == level)
+                passes.append(Pass(bool(level % 2), loads, steps, stores, here))
         once = [n for n in constants if n.op not in LEAVES]
         params = tuple(n for n in constants if n.op == "param")
-        return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends)
+        return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends, self.meetings(nodes))
+
+    def meetings(self, nodes: list[Expr]) -> tuple[Meeting, ...]:
+        """Finds where the states that each suffix covers meet: a suffix has all of its meetings, or none."""
+        found: list[Meeting] = []
+        for n in nodes:
+            if n.op == "suffix":
+                pairs = [self.meeting(n, name, back) for name, back in closings(n)]
+                met = [m for m in pairs if m is not None]
+                found += met if len(met) == len(pairs) else []
+        return tuple(found)
+
+    def meeting(self, suffix: Expr, name: str, back: str) -> Meeting | None:
+        """Finds a meeting that is over when ``suffix`` wants it: the later sweep makes what the suffix sums."""
+        wanted = set(walk(suffix))
+        mine, theirs = ([s for s in self.made.values() if s.state.name == n and not s.whole] for n in (name, back))
+        pairs = [(a, b) for a in mine for b in theirs]
+        pairs += [(b, a) for a, b in pairs]
+        fit = [(a, b) for a, b in pairs if a.level < b.level and wanted & set(b.reads)]
+        best = min(fit, key=lambda p: (p[0].rows != p[1].rows, p[0].level, p[1].level, p[0].rows), default=None)
+        return Meeting(suffix, *best) if best else None
 
     def first_sweep(self, name: str) -> Sweep:
         """Returns the earliest sweep of a state that writes."""

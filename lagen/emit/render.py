@@ -18,7 +18,7 @@ from lagen.emit.cpp import render_cpp, render_sweeps
 from lagen.emit.cpp_plan import Fallback
 from lagen.emit.torch import render_torch
 from lagen.emit.triton import render_triton
-from lagen.ir.expr import Expr, reads
+from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import digest as algebra
@@ -63,8 +63,7 @@ def render(
     backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True, host=True)")]
     cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
     if not isinstance(cpp, Fallback):
-        back = "torch_backward" if summed_gates(adjoint) else "cpp.backward"
-        backends.append(BackendText("cpp", f"Backend(cpp.forward, {back}, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
+        backends.append(BackendText("cpp", f"Backend(cpp.forward, cpp.backward, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
     if not isinstance(kernels, Fallback):
         functions = f"triton_forward, triton_backward, {step.replace('torch', 'triton')}"
         backends.append(BackendText("triton", f"Backend({functions}, saves=TRITON_SAVES, saved=triton_saved)"))
@@ -78,7 +77,6 @@ def render(
         "formula": "\n".join(f"    {line}" for line in str(recurrence).splitlines()),
         "torch_functions": render_torch(recurrence, adjoint, variant.assumptions).strip(),
         "kernels": "" if isinstance(kernels, Fallback) else kernels,
-        "summed": not isinstance(cpp, Fallback) and summed_gates(adjoint),
         "absent": [(name, text.reason) for name, text in (("triton", kernels), ("cpp", cpp)) if isinstance(text, Fallback)],
         "cpp": "" if isinstance(cpp, Fallback) else cpp.rstrip(),
         "torch_step": step,
@@ -108,15 +106,6 @@ def _rows(tuned: Sequence[Entry]) -> list[tuple[str, list[str]]]:
         given = f'"{e.of}", "{e.dtype}", {e.dims!r}, {e.tokens}, {e.heads}, {e.config.table!r}'.replace("'", '"')
         devices.setdefault(e.device, []).append(f"Row({given}),  # {e.how}")
     return list(devices.items())
-
-
-def summed_gates(adjoint: Adjoint) -> bool:
-    """Tells whether a param's gradient sums that of a decay per head and token over all tokens.
-
-    Those sums cancel: float32 sweeps leave dA_log and the like off by up to 6e-5, so the CPU takes this backward in float64.
-    """
-    params = {t.name for t in adjoint.recurrence.params}
-    return any(not n.dims for name, e in adjoint.gradients if name in params for n in reads(e, "suffix"))
 
 
 def render_package(modules: Mapping[str, str]) -> dict[str, str]:
