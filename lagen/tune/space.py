@@ -8,7 +8,6 @@ from optuna.distributions import CategoricalDistribution
 
 from lagen.emit.cpp_plan import Fallback, plan_backward, plan_forward
 from lagen.emit.cpp_plan import tunables as cpp_tunables
-from lagen.emit.render import summed_gates
 from lagen.ir.tunable import Config, Tunables
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
@@ -55,8 +54,6 @@ def cpu_space(variant: Variant, of: str, threads: int | None = None) -> Tunables
     """Returns the tunables of one pass of the generated C++; none where the pass does not run there."""
     recurrence = canonicalise(variant)
     adjoint = differentiate(recurrence)
-    if of == "backward" and summed_gates(adjoint):
-        return Tunables(())
     forward, backward = plan_forward(recurrence), plan_backward(adjoint)
     if isinstance(forward, Fallback) or isinstance(backward, Fallback):
         return Tunables(())
