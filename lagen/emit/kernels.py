@@ -222,8 +222,7 @@ class _Kernel:
         lines += [c.buffer.name for c in self.kernel.closings]
         if self.out.scaled:
             lines.append("scale")
-        if self.out.rows:
-            lines.append("cu_seqlens, NSEQ")
+        lines.append("cu_seqlens, NSEQ" if self.out.rows else "slots")
         if self.kernel.kind == "step":
             lines.append("HV, G, NY")
         elif self.kernel.kind == "chunks":
@@ -255,7 +254,7 @@ class _Kernel:
     def flags(self) -> list[str]:
         """Lists the compile-time facts about optional operands."""
         if self.kernel.kind != "sweep":
-            return ["IS_VARLEN"] if self.out.rows else []
+            return ["IS_VARLEN" if self.out.rows else "HAS_SLOTS"]
         flags = ["IS_VARLEN", *(f"HAS_{name.upper()}" for name, _ in self.pointers)]
         if self.kernel.closings or any(E.reads(s.value, "suffix") for s in self.kernel.stores):
             flags.append("HAS_CLOSING")

@@ -22,7 +22,7 @@ _ATOM, _POWER, _SIGN, _PRODUCT, _SUM, _COMPARE = 5, 4, 3, 2, 1, 0
 _LEVELS = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _SIGN}
 _LEVELS |= dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _COMPARE)
 _RESERVED = frozenset(
-    "torch chunked packed triton tl Tensor inputs params scale states initial_states output_final_state saved outputs final_states "
+    "torch chunked packed pool triton tl Tensor inputs params scale states initial_states output_final_state saved outputs final_states "
     "d_outputs d_final_states cu_seqlens dtype like edge B T H G HV".split()
 )
 
@@ -108,7 +108,9 @@ def _step(r: Recurrence) -> str:
         now = p.now[s.name]
         p.line(f'states[{i}].copy_(chunked.lower({now}, {p.shape("B", s.head, s.dims)}, 1, "{s.head}", states[{i}]))')
     p.line("return outputs")
-    return p.function("torch_step(inputs, params, scale, states)", '"""Computes one token\'s outputs and updates the states in place."""')
+    return "@pool.by_slots\n" + p.function(
+        "torch_step(inputs, params, scale, states)", '"""Computes one token\'s outputs and updates the states in place."""'
+    )
 
 
 def reads_neighbours(stores: Sequence[Store]) -> bool:

@@ -59,6 +59,8 @@ _RESERVED |= {
     "N",
     "NSEQ",
     "cut",
+    "slots",
+    "made",
     "torch",
     "triton",
     "tl",
@@ -262,7 +264,8 @@ class _Module:
                     f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)"
                 )
             else:
-                lines.append(f"{b.name} = torch.empty({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
+                make = "made" if k.kind == "step" else "torch.empty"
+                lines.append(f"{b.name} = {make}({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
         for h in k.holds:
             if h.sink.startswith("total_"):
                 state = self.states[h.carry.state]
@@ -294,8 +297,7 @@ class _Module:
         args += [c.buffer.name for c in k.closings]
         if p.scaled:
             args.append("scale")
-        if k.kind != "step":
-            args.append("None, 1" if step else "cu_seqlens, N")
+        args.append("slots" if k.kind == "step" else "None, 1" if step else "cu_seqlens, N")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
         grid = {
@@ -338,7 +340,7 @@ class _Module:
         if p.sizes:
             args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)")
-        flags = [] if k.kind == "step" else ["False" if step else "cu_seqlens is not None"]
+        flags = ["slots is not None" if k.kind == "step" else "False" if step else "cu_seqlens is not None"]
         flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states] if k.kind == "sweep" else []
         if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
             flags.append("closed")
@@ -518,13 +520,17 @@ class _Module:
         """Prints triton_step."""
         self.done = done
         lines = self.sizes(step=True) + self.tiles(list(self.plan.step), "step")
-        lines += [f"{', '.join(f'state_{s.name}' for s in self.r.states)}, = states"]
+        lines += [
+            f"{', '.join(f'state_{s.name}' for s in self.r.states)}, = states",
+            "made = torch.empty if slots is None else torch.zeros  # what a padding row gives",
+        ]
         for k in self.plan.step:
             lines += self.launch(k, step=True)
             if k.kind == "tokens":
                 lines += [f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores]
         lines.append(f"return ({', '.join(n for n, _ in self.r.outputs)},)")
-        return _function("triton_step(inputs, params, scale, states)", "Launches one decode step; the states are advanced in place.", lines)
+        doc = "Launches one decode step; the states, or those that the slots name, are advanced in place."
+        return _function("triton_step(inputs, params, scale, states, slots)", doc, lines)
 
 
 def _printed(function: Callable[..., object]) -> str:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lagen.runtime.choice import NOTHING, Choice, processor
+from lagen.runtime.pool import by_slots
 from lagen.runtime.signature import Argument, OperatorSpec, measure
 
 Tensors = tuple[Tensor, ...]
@@ -36,6 +37,7 @@ BASE = ("-std=c++17", "-O2", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 INCLUDE = '#include "_sweeps.h"\n'
 SMALL = 1 << 18  # state entries of a step that one thread takes alone
+SLOTS = 7  # among the words of a call
 NO_TENSOR = (0, 0, 0, 0, 0, 1, 0)
 LANES = 16  # slices are whole vectors of the widest machine
 
@@ -148,7 +150,7 @@ class StepPlan:
     """The words of a decode step for tensors of given shapes, with the places of their addresses."""
 
     words: array.array[int]
-    slots: tuple[int, ...]
+    places: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -240,9 +242,9 @@ class CppBackend:
         return sizes
 
     def head_words(self, sizes: dict[str, int], batch: int, time: int, scale: float, bounds: int = 0, most: int = 0) -> list[int]:
-        """Returns the words in front of a call: sizes, threads (``most``, where given), the address of packed ``bounds``, and scale."""
+        """Returns the words in front of a call: sizes, threads (at ``most``), addresses of packed ``bounds`` and of slots, scale."""
         bits = struct.unpack("q", struct.pack("d", scale))[0]
-        return [batch, time, sizes[self.heads], threads(most), 1, 0, bounds, bits, *(sizes[d] for d in self.dims)]
+        return [batch, time, sizes[self.heads], threads(most), 1, 0, bounds, 0, bits, *(sizes[d] for d in self.dims)]
 
     def share(self, library: ctypes.CDLL, sizes: dict[str, int], batch: int, most: int = 0) -> Split:
         """Returns how threads share a head where there are fewer heads than threads."""
@@ -383,30 +385,39 @@ class CppBackend:
         d_initial = [d.sum(0) if split.lead(a) else d for a, d in zip(spec.states, d_initial, strict=True)]
         return d_inputs, d_params, tuple(_share(a, x, d, sizes, 1) for a, x, d in zip(spec.states, initial_states, d_initial, strict=True))
 
-    def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
-        """Computes the outputs of one token and writes the states in place."""
+    def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors, slots: Tensor | None = None) -> Tensors:
+        """Computes the outputs of one token and writes the states in place, those that ``slots`` names where it is given."""
         first = inputs[0]
         if self.loaded is None:
             self.library()
         if not first.is_cpu or isinstance(self.loaded, Missing):
-            return self.fallback[2](inputs, params, scale, states)  # type: ignore[return-value]
+            return self.fallback[2](inputs, params, scale, states, slots)  # type: ignore[return-value]
         if self.entry is None or not all([s.is_contiguous() for s in states]):
-            outputs, finals, _ = self.forward(tuple(x.unsqueeze(1) for x in inputs), params, scale, states, True)
-            for s, f in zip(states, finals or (), strict=True):
-                s.copy_(f)
-            return tuple(o.squeeze(1) for o in outputs)
+            return by_slots(self.whole_step)(inputs, params, scale, states, slots)
         tensors = (*inputs, *params)
         key = (scale, threads(), *[(x.dtype, x.shape, x.stride()) for x in tensors])
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan_step(inputs, params, scale, states)
         words = plan.words[:]
-        outputs = tuple(first.new_empty(shape) for shape in plan.shapes)
-        for slot, x in zip(plan.slots, (*tensors, *outputs, *states), strict=True):
-            words[slot] = x.data_ptr()
+        if slots is None:
+            outputs = tuple(first.new_empty(shape) for shape in plan.shapes)
+        else:
+            slots = slots.to(torch.int64).contiguous()
+            words[SLOTS] = slots.data_ptr()
+            outputs = tuple(first.new_zeros(shape) for shape in plan.shapes)  # padding rows stay so
+        for place, x in zip(plan.places, (*tensors, *outputs, *states), strict=True):
+            words[place] = x.data_ptr()
         if self.entry(words.buffer_info()[0]):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
         return outputs
+
+    def whole_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
+        """Computes one token as a sequence of its own, and copies the states behind it."""
+        outputs, finals, _ = self.forward(tuple(x.unsqueeze(1) for x in inputs), params, scale, states, True)
+        for s, f in zip(states, finals or (), strict=True):
+            s.copy_(f)
+        return tuple(o.squeeze(1) for o in outputs)
 
     def plan_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> StepPlan:
         """Lays out the words of a step for tensors of these shapes and strides."""
@@ -415,17 +426,19 @@ class CppBackend:
         heads = sizes[self.heads]
         shapes = tuple((batch, *(sizes[d] for d in o.shape())) for o in spec.outputs)
         outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
-        words, slots, held = self.head_words(sizes, batch, 1, scale), list[int](), list[Tensor]()
+        words, places, held = self.head_words(sizes, batch, 1, scale), list[int](), list[Tensor]()
         work = batch * sum(math.prod(s.shape[1:]) for s in states)
         words[3] = min(words[3], 1 + work // SMALL)
         for arguments, tensors, lead in ((spec.inputs, inputs, 1), (spec.params, params, 0), (spec.outputs, outputs, 1)):
             for a, x in zip(arguments, tensors, strict=True):
-                slots.append(len(words))
-                words += _words(a, x, heads, sizes, lead, held)
+                places.append(len(words))
+                own = _words(a, x, heads, sizes, lead, held)
+                words += (*own[:3], lead, *own[4:])  # a token has time, which tells it from a state
         for a, x in zip(spec.states, states, strict=True):
-            slots.append(len(words))
-            words += (*_words(a, x, heads, sizes, 1, held), *NO_TENSOR)
-        return StepPlan(array.array("q", words), tuple(slots), shapes)
+            places.append(len(words))
+            own = _words(a, x, heads, sizes, 1, held)
+            words += (*own[:2], math.prod(x.shape[1:]), *own[3:], *NO_TENSOR)
+        return StepPlan(array.array("q", words), tuple(places), shapes)
 
 
 def _sequences(batch: int, cu_seqlens: Tensor | None) -> tuple[int, Tensor, bool]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lagen.runtime.packed import check_bounds
+from lagen.runtime.pool import check_apart, check_slots
 from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors
 
 Flat = Tensor | Tensors  # an operator with one result returns it bare
@@ -32,7 +33,7 @@ class Backend:
     forward(inputs, params, scale, initial_states, output_final_state, cu_seqlens) -> (outputs, final_states or None, saved)
     backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states, cu_seqlens)
         -> (d_inputs, d_params, d_initial_states or None)
-    step(inputs, params, scale, states) -> outputs; writes the states in place
+    step(inputs, params, scale, states, slots) -> outputs; writes the states in place, where slots are given those that they name
 
     What they return is new and contiguous. ``saves`` counts the saved tensors; ``saved``, called as forward is, returns them
     uninitialised (under FakeTensor, so only their shapes). ``keeps_outputs``: the backward reads outputs and final states.
@@ -69,6 +70,7 @@ class Dispatch:
     def __init__(self, spec: OperatorSpec, backends: Mapping[str, Backend]) -> None:
         self.spec, self.backends = spec, backends
         self.names = tuple(a.name for a in spec.inputs + spec.params)
+        self.state_names = tuple(s.name for s in spec.states)
         self.tensors, self.states, self.outputs = len(self.names), len(spec.states), len(spec.outputs)
         self.made, self.given = self.outputs + self.states, self.tensors + self.states + 2
         self.saves = max(b.saves for b in backends.values())
@@ -104,9 +106,9 @@ class Dispatch:
         apply: Callable[..., Tensors] = _Direct.apply
         return apply(self, self.backends[name], scale, keep, cu_seqlens, *tensors, *(states or ()))
 
-    def direct_step(self, name: str, scale: float, tensors: Tensors, states: Tensors) -> Tensors:
+    def direct_step(self, name: str, scale: float, tensors: Tensors, states: Tensors, slots: Tensor | None) -> Tensors:
         """Runs a backend's step past the dispatcher."""
-        return _step_of(self.backends[name], name)(*self.split(tensors), scale, states)
+        return _step_of(self.backends[name], name)(*self.split(tensors), scale, states, slots)
 
     # -- registration --
 
@@ -134,7 +136,9 @@ class Dispatch:
         torch.library.register_autograd(f"lagen::{base}_backward", self._refuse, lib=library)
         if spec.causal:
             written = [f"Tensor({chr(ord('a') + i)}!) state_{s.name}" for i, s in enumerate(spec.states)]
-            define(f"{base}_step", [*given, *written, "float scale", "str backend"], self.outputs, self._step, self._fake_step)
+            define(
+                f"{base}_step", [*given, *written, "Tensor? slots", "float scale", "str backend"], self.outputs, self._step, self._fake_step
+            )
 
     # -- forward --
 
@@ -264,10 +268,17 @@ class Dispatch:
     def _step(self, *args: Any) -> Flat:
         """Runs a backend's step, which writes the states; their version says so, for a kernel writes past autograd."""
         tensors, states = args[: self.tensors], args[self.tensors : self.tensors + self.states]
-        scale, name = args[-2:]
-        outputs = _step_of(self.pick(name, tensors), name)(*self.split(tensors), scale, states)
+        slots, scale, name = args[-3:]
+        self.check_step(tensors, states, slots)
+        outputs = _step_of(self.pick(name, tensors), name)(*self.split(tensors), scale, states, slots)
         torch.autograd.graph.increment_version(states)
         return _flat(outputs)
+
+    def check_step(self, tensors: Tensors, states: Tensors, slots: Tensor | None) -> None:
+        """Checks what shares memory, and the values of slots on the CPU; raises ArgumentError."""
+        check_apart(self.spec.name, self.names, tensors, states, self.state_names)
+        if slots is not None and slots.is_cpu:
+            check_slots(self.spec.name, slots.tolist(), states[0].shape[0])
 
     def _fake_step(self, *args: Any) -> Flat:
         """Makes what step returns, by shape alone."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lagen.runtime.dispatch import Backend, Dispatch, as_tuple, state_dtype
 from lagen.runtime.packed import each_forward
+from lagen.runtime.pool import blank, by_slots, check_accepted, check_slots, take
 from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors, check_kind, measure
 
 __all__ = ["Argument", "ArgumentError", "Backend", "Operator", "OperatorSpec"]
@@ -108,43 +109,142 @@ class Operator:
         /,
         *args: Tensor | Tensors | None,
         state: Returned | None = None,
+        slots: Tensor | None = None,
         scale: float | None = None,
         backend: str | None = None,
+        check: bool = False,
         **named: Tensor,
     ) -> tuple[Returned, Returned]:
-        """Computes one token, [B, *head, *dims], and writes the state in place; returns (o, state).
+        """Computes one token, [B, *head, *dims], or several, [B, T, *head, *dims], and writes the state in place; returns (o, state).
 
-        ``state`` may follow the tensors; None makes a fresh one. There is no gradient: raises ArgumentError where autograd would
-        want one (decode under torch.no_grad()), and for what does not fit.
+        ``state`` may follow the tensors; None makes a fresh one. ``slots`` [B], int32 or int64, makes it a pool: row b advances the
+        state slots[b], and where that is -1 none, its outputs being 0. That a slot is in the pool and named once is checked on the
+        CPU, or with ``check``, which waits for the GPU. There is no gradient: raises ArgumentError where autograd would want one
+        (decode under torch.no_grad()), and for what does not fit.
         """
+        tensors, states, factor = self._serve("step", args, named, state, slots, scale, backend, check)
+        if states is None:
+            if slots is not None:
+                raise ArgumentError(f"{self.spec.name}.step: slots is given without the state, whose places they are")
+            sizes = Sizes(self.spec)
+            sizes.meet_all(tensors, self._lead(tensors))
+            states = self._fresh(sizes.known, state_dtype(tensors), tensors[0].device)
+        outputs = self._advance(tensors, states, slots, factor, backend)
+        return outputs[0] if len(outputs) == 1 else outputs, states[0] if len(states) == 1 else states
+
+    def verify(
+        self,
+        /,
+        *args: Tensor | Tensors | None,
+        state: Returned | None = None,
+        slots: Tensor | None = None,
+        scale: float | None = None,
+        backend: str | None = None,
+        check: bool = False,
+        **named: Tensor,
+    ) -> Returned:
+        """Computes the outputs of speculated tokens, [B, T, *head, *dims], and leaves the state as it is; arguments as of step."""
+        tensors, states, factor = self._serve("verify", args, named, state, slots, scale, backend, check)
+        if states is None:
+            raise ArgumentError(f"{self.spec.name}.verify wants the state")
+        outputs = self._advance(tensors, take(states, slots), None, factor, backend)
+        outputs = outputs if slots is None else blank(outputs, slots)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def commit(
+        self,
+        /,
+        *args: Tensor | Tensors | None,
+        accepted: Tensor,
+        state: Returned | None = None,
+        slots: Tensor | None = None,
+        scale: float | None = None,
+        backend: str | None = None,
+        check: bool = False,
+        **named: Tensor,
+    ) -> Returned:
+        """Advances the state, in place, by the first ``accepted`` [B] of the tokens that verify was given; returns it.
+
+        What it leaves is what that many steps leave, to the bit. ``accepted`` is checked where the slots are.
+        """
+        name = f"{self.spec.name}.commit"
+        tensors, states, factor = self._serve("commit", args, named, state, slots, scale, backend, check)
+        if states is None:
+            raise ArgumentError(f"{name} wants the state")
+        if len(self._lead(tensors)) == 1:
+            raise ArgumentError(f"{name}: {self._names[0]} is one token; it wants those that were verified, [B, T, ...]")
+        self._check_rows("accepted", accepted, tensors)
+        count = tensors[0].shape[1]
+        if accepted.device.type == "cpu" or check:
+            check_accepted(name, accepted.tolist(), count)
+        own = torch.arange(accepted.shape[0], device=accepted.device) if slots is None else slots
+        for t in range(count):
+            self._advance(self._token(tensors, t), states, torch.where(accepted > t, own, -1), factor, backend)
+        return states[0] if len(states) == 1 else states
+
+    def _lead(self, tensors: Tensors) -> tuple[str, ...]:
+        """Returns the dims before the head: of one token, or of several."""
+        return ("B", "T") if tensors[0].dim() == len(self.spec.inputs[0].shape("B", "T")) else ("B",)
+
+    def _token(self, tensors: Tensors, t: int) -> Tensors:
+        """Takes one of several tokens."""
+        return tuple(x[:, t] if i < len(self.spec.inputs) else x for i, x in enumerate(tensors))
+
+    def _serve(
+        self,
+        verb: str,
+        args: Sequence[object],
+        named: Mapping[str, object],
+        state: object,
+        slots: Tensor | None,
+        scale: float | None,
+        backend: str | None,
+        check: bool,
+    ) -> tuple[Tensors, Tensors | None, float]:
+        """Binds and checks what step, verify and commit are given; returns tensors, states and scale."""
         spec, dispatch = self.spec, self._dispatch
         if dispatch.step is None:
             raise ArgumentError(f"{spec.name} is not causal: it has no decode step")
         if len(args) + len(named) == len(self._names) + 1:
             if state is not None:
-                raise ArgumentError(f"{spec.name}.step: state is given twice")
+                raise ArgumentError(f"{spec.name}.{verb}: state is given twice")
             args, state = args[:-1], args[-1]
         tensors = self._bind(args, named)
         states = self._states(state)
-        self._check(tensors, states, scale, False, backend, ("B",))
+        if slots is not None:
+            self._check_rows("slots", slots, tensors)
+        self._check(tensors, states, scale, False, backend, self._lead(tensors), slots=slots)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *(states or ()))):
-            raise ArgumentError(f"{spec.name}.step has no gradient; call it under torch.no_grad()")
-        if states is None:
-            sizes = Sizes(spec)
-            sizes.meet_all(tensors, ("B",))
-            states = self._fresh(sizes.known, state_dtype(tensors), tensors[0].device)
+            raise ArgumentError(f"{spec.name}.{verb} has no gradient; call it under torch.no_grad()")
         factor = self._scale(tensors) if scale is None else float(scale)
+        if check:
+            if slots is not None and states is not None:
+                check_slots(spec.name, slots.tolist(), states[0].shape[0])
+            self._test(tensors, factor)
+        return tensors, states, factor
+
+    def _advance(self, tensors: Tensors, states: Tensors, slots: Tensor | None, factor: float, backend: str | None) -> Tensors:
+        """Computes one token or several, one after the other, and writes the states in place."""
+        dispatch = self._dispatch
+        if len(self._lead(tensors)) == 2:
+            rows = [self._advance(self._token(tensors, t), states, slots, factor, backend) for t in range(tensors[0].shape[1])]
+            if not rows:
+                raise ArgumentError(f"{self.spec.name}: T is 0; it wants a token")
+            return tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
         if backend == "oracle":
-            whole = tuple(x.unsqueeze(1) if i < len(spec.inputs) else x for i, x in enumerate(tensors))
-            outputs, finals = self._oracle(whole, factor, states, None)
-            outputs = tuple(o.squeeze(1) for o in outputs)
-            for old, new in zip(states, finals, strict=True):
-                old.copy_(new)
-        elif backend is not None and tensors[0].device.type == "meta":
-            outputs = dispatch.direct_step(backend, factor, tensors, states)
-        else:
-            outputs = as_tuple(dispatch.step(*tensors, *states, factor, backend or ""))
-        return outputs[0] if len(outputs) == 1 else outputs, states[0] if len(states) == 1 else states
+            dispatch.check_step(tensors, states, slots)
+            return by_slots(self._oracle_step)(*dispatch.split(tensors), factor, states, slots)
+        if backend is not None and tensors[0].device.type == "meta":
+            return dispatch.direct_step(backend, factor, tensors, states, slots)
+        assert dispatch.step is not None
+        return as_tuple(dispatch.step(*tensors, *states, slots, factor, backend or ""))
+
+    def _oracle_step(self, inputs: Tensors, params: Tensors, factor: float, states: Tensors) -> Tensors:
+        """Evaluates one token in float64 and writes the states."""
+        outputs, finals = self._oracle((*(x.unsqueeze(1) for x in inputs), *params), factor, states, None)
+        for old, new in zip(states, finals, strict=True):
+            old.copy_(new)
+        return tuple(o.squeeze(1) for o in outputs)
 
     def init_state(self, batch: int, device: torch.device | str | None = None, **sizes: int) -> Returned:
         """Makes the state before the first token, float32, from the sizes of its dims: ``gla.init_state(2, H=4, K=64, V=64)``."""
@@ -201,6 +301,13 @@ class Operator:
             raise ArgumentError(f"{name}: the number of states is {len(given)}; it wants {len(wanted)} ({listed})")
         return given
 
+    def _check_rows(self, what: str, x: object, tensors: Tensors) -> None:
+        """Checks shape, dtype and device of a number for each row; raises ArgumentError."""
+        name, first = self.spec.name, tensors[0]
+        check_kind(name, what, x, (torch.int32, torch.int64), first.device)
+        if isinstance(x, Tensor) and x.shape != first.shape[:1]:
+            raise ArgumentError(f"{name}: {what} is {list(x.shape)}; it wants [B] = {list(first.shape[:1])}, a number for each row")
+
     def _check_sequences(self, tensors: Tensors, cu_seqlens: object, copy: object) -> None:
         """Checks shape, dtype and device of cu_seqlens and its copy; raises ArgumentError."""
         name, first = self.spec.name, tensors[0]
@@ -223,15 +330,16 @@ class Operator:
         backend: str | None,
         lead: tuple[str, ...],
         cu_seqlens: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> None:
         """Validates a call whose shapes, dtypes and devices were not seen before."""
         if torch.compiler.is_compiling():
-            self._validate(tensors, states, scale, keep, backend, lead, cu_seqlens)
+            self._validate(tensors, states, scale, keep, backend, lead, cu_seqlens, slots)
             return
         found = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in (*tensors, *(states or ()))]
-        key = (backend, scale is None, keep, len(lead), None if cu_seqlens is None else cu_seqlens.shape, *found)
+        key = (backend, scale is None, keep, len(lead), None if cu_seqlens is None else cu_seqlens.shape, slots is None, *found)
         if key not in self._seen:
-            self._validate(tensors, states, scale, keep, backend, lead, cu_seqlens)
+            self._validate(tensors, states, scale, keep, backend, lead, cu_seqlens, slots)
             if len(self._seen) >= SEEN:
                 self._seen.clear()
             self._seen.add(key)
@@ -245,6 +353,7 @@ class Operator:
         backend: str | None,
         lead: tuple[str, ...],
         cu_seqlens: Tensor | None,
+        slots: Tensor | None,
     ) -> None:
         """Checks all arguments; raises ArgumentError."""
         spec = self.spec
@@ -261,7 +370,7 @@ class Operator:
             check_kind(spec.name, a.name, x, (*HALVES, torch.float64) if doubles else HALVES, device)
         sizes = Sizes(spec)
         sizes.meet_all(tensors, lead)
-        many = sizes.meet_sequences(cu_seqlens)
+        many = "POOL" if slots is not None else sizes.meet_sequences(cu_seqlens)
         for s, x in zip(spec.states, states or (), strict=False):
             check_kind(spec.name, f"state {s.name}", x, (state_dtype(tensors),), device)
             sizes.meet(f"state {s.name}", x, s.shape(many))

@@ -26,7 +26,10 @@ RESIZES = {"concat": 2, "taylor2": 1, "quad": 1}
 KNOWN = {*ELEMENTWISE, *ROWS, *PRODUCTS, *RESIZES}
 """Every function that a spec may call without defining it."""
 
-OPERATOR_ARGUMENTS = ("scale", "initial_state", "output_final_state", "cu_seqlens", "cu_seqlens_cpu", "backend", "check", "state")
+OPERATOR_ARGUMENTS = (
+    *("scale", "initial_state", "output_final_state", "cu_seqlens", "cu_seqlens_cpu", "backend", "check"),
+    *("state", "slots", "accepted"),
+)
 
 _CPP = """alignas alignof asm auto bool case catch char class const constexpr decltype default delete do double enum explicit export
 extern float friend goto inline int long mutable namespace new noexcept nullptr operator private protected public register short
