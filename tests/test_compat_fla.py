@@ -120,11 +120,16 @@ def test_a_function_computes_its_recurrence(name: str, more: dict[str, Any], dec
     assert all(d.abs().max() > 0 for d in torch.autograd.grad(o.sum() + final.sum(), leaves))
 
 
+def listed(argument: str) -> list[str]:
+    """Lists the functions of CASES that take an argument."""
+    return [n for n in dict.fromkeys(n for n, _, _ in CASES) if argument in inspect.signature(TABLE[n]).parameters]
+
+
 def turned(x: Any) -> Any:
     return x.flip(1) if isinstance(x, Tensor) and x.ndim > 2 and x.shape[:2] == (B, T) else x
 
 
-@pytest.mark.parametrize("name", [n for n, f in TABLE.items() if "reverse" in inspect.signature(f).parameters])
+@pytest.mark.parametrize("name", listed("reverse"))
 def test_reverse_runs_from_the_last_token(name: str) -> None:
     more = next(m for n, m, _ in CASES if n == name)
     state = draw(B, H, K, V)
@@ -134,7 +139,7 @@ def test_reverse_runs_from_the_last_token(name: str) -> None:
     close((o, final), (wanted.flip(1), last))
 
 
-@pytest.mark.parametrize("name", [n for n, f in TABLE.items() if "state_v_first" in inspect.signature(f).parameters])
+@pytest.mark.parametrize("name", listed("state_v_first"))
 def test_a_state_may_have_its_values_first(name: str) -> None:
     more = next(m for n, m, _ in CASES if n == name)
     state = draw(B, H, K, V)
@@ -213,10 +218,10 @@ def shape(f: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
 
 
-@pytest.mark.parametrize("name", [*TABLE, "fused_chunk_gla"])
+@pytest.mark.parametrize("name", [*TABLE, "fused_chunk_gla", "fused_chunk_delta_rule"])
 def test_signatures_are_those_of_the_installed_package(name: str) -> None:
-    ops = installed("fla.ops")
-    theirs = getattr(ops, name, None) or getattr(installed("fla.ops.rebased"), name)
+    rooms = [installed(f"fla.ops{room}") for room in ("", ".rebased", ".gdn2", ".gated_oja_rule", ".gated_delta_product", ".rwkv7")]
+    theirs = next(getattr(room, name) for room in rooms if hasattr(room, name))
     assert shape(getattr(fla, name)) == shape(theirs)
 
 

@@ -33,7 +33,7 @@ REFUSED = {
     "output_attentions": "the attention matrix is never made",
 }
 
-SWITCHES = {"use_gate_in_kernel", "A_log", "dt_bias", "transpose_state_layout"}
+SWITCHES = {"use_gate_in_kernel", "A_log", "dt_bias", "transpose_state_layout", "use_qk_l2norm_in_kernel"}
 """Arguments that functions take without naming them in their signatures."""
 
 
@@ -110,7 +110,7 @@ def _perform(name: str, given: Given, reading: Callable[[Given], Act]) -> Any:
         warnings.warn("`transpose_state_layout` is deprecated and renamed to `state_v_first`.", DeprecationWarning, stacklevel=3)
         first = bool(given["transpose_state_layout"])
     if given.get("use_qk_l2norm_in_kernel"):
-        given = {**given, "q": l2norm(given["q"]), "k": l2norm(given["k"])}
+        given = {**given, **{n: l2norm(given[n]) for n in ("q", "k", "p") if given.get(n) is not None}}
     act = reading(given)
     op = operator(act.spec)
     states = act.states

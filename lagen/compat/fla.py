@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lagen.compat.call import Act, Given, function, scale_of
+from lagen.compat.call import Act, Given, function, l2norm, scale_of
 
 # ---- no decay -------------------------------------------------------------------------------------------------------------------
 
@@ -103,11 +104,111 @@ def _rwkv6(a: Given) -> Act:
     return Act("rwkv6", (a["r"] * scale_of(a, "r"), a["k"], a["v"], a["w"], a["u"]))
 
 
+# ---- corrections ----------------------------------------------------------------------------------------------------------------
+
+
+def _beta(a: Given) -> Tensor:
+    """The strength of a correction: one where it is not given, or what a sigmoid makes of it."""
+    beta: Tensor = torch.ones_like(a["v"][..., 0]) if a["beta"] is None else a["beta"]
+    if a.get("allow_neg_eigval") and not a.get("use_beta_sigmoid_in_kernel"):
+        raise ValueError("`allow_neg_eigval=True` requires `use_beta_sigmoid_in_kernel=True`.")
+    if a.get("use_beta_sigmoid_in_kernel"):
+        return beta.float().sigmoid() * (2.0 if a["allow_neg_eigval"] else 1.0)
+    return beta
+
+
+def _gate(a: Given) -> Tensor:
+    """The log-decay [B, T, HV] or [B, T, HV, K]: as it is, or made of a raw gate by A_log [HV] and dt_bias."""
+    g: Tensor = a["g"]
+    if not a.get("use_gate_in_kernel"):
+        return g
+    bias, rate, bound = a.get("dt_bias"), a.get("A_log"), a.get("lower_bound")
+    raw = g.float() if bias is None else g.float() + bias.float().view(g.shape[2:])
+    if rate is None and bound is None:
+        raise ValueError("`A_log` must be provided when `use_gate_in_kernel=True` and `lower_bound` is not set.")
+    pace = 1.0 if rate is None else rate.float().exp().view(-1, *[1] * (g.ndim - 3))
+    return -pace * functional.softplus(raw) if bound is None else bound * torch.sigmoid(pace * raw)
+
+
+def _grouped(a: Given, *names: str) -> tuple[Tensor, ...]:
+    """Repeats tensors on the heads of the values, where the spec has one kind of head."""
+    heads = a["v"].shape[2]
+    return tuple(a[n] if a[n].shape[2] == heads else a[n].repeat_interleave(heads // a[n].shape[2], 2) for n in names)
+
+
+def _delta(a: Given) -> Act:
+    return Act("delta_rule", (a["q"], a["k"], a["v"], _beta(a)), scale_of(a))
+
+
+def _gated_delta(a: Given) -> Act:
+    """Decays by token (g), by key channel (gk), both or neither; by value channel is not offered."""
+    if a.get("gv") is not None:
+        raise NotImplementedError("gv is not offered: a delta rule on keys with a decay on values is no shipped spec")
+    g, gk = (None if a["g"] is None else _gate(a)), a.get("gk")
+    if gk is not None:
+        return _kda({**a, "g": gk if g is None else gk + g[..., None], "use_gate_in_kernel": False})
+    if g is None:
+        return Act("delta_rule", (*_grouped(a, "q", "k"), a["v"], _beta(a)), scale_of(a))
+    return Act("gated_deltanet", (a["q"], a["k"], a["v"], g, _beta(a)), scale_of(a))
+
+
+def _kda(a: Given) -> Act:
+    return Act("kda", (*_grouped(a, "q", "k"), a["v"], _gate(a), _beta(a)), scale_of(a))
+
+
+def _gdn2(a: Given) -> Act:
+    return Act("gdn2", (*_grouped(a, "q", "k"), a["v"], _gate(a), a["b"], a["w"]), scale_of(a))
+
+
+def _comba(a: Given) -> Act:
+    p = a["k"] if a["p"] is None else a["p"]
+    return Act("fla/comba_feedback", (a["q"], a["k"], a["v"], p, a["g"], _beta(a)), scale_of(a))
+
+
+def _product(a: Given) -> Act:
+    """Several updates a token: k, v and beta are [B, T * n, ...], a token's updates one after the other."""
+    n, q = a["num_householder"], a["q"]
+    g = torch.zeros_like(q[..., 0], dtype=torch.float32) if a["g"] is None else a["g"]
+    k, v, beta = (a[x].unflatten(1, (q.shape[1], n)).unbind(2) for x in ("k", "v", "beta"))
+    if n == 1:
+        return Act("gated_deltanet", (q, k[0], v[0], g, beta[0]), scale_of(a))
+    if n > 3:
+        raise NotImplementedError(f"num_householder = {n} is not offered: there are specs for 1, 2 and 3")
+    updates = [x for update in zip(k, v, beta, strict=True) for x in update]
+    return Act(f"fla/delta_product{n}", (q, *updates, g), scale_of(a))
+
+
+def _oja(a: Given) -> Act:
+    q, k = (l2norm(a[n]) if a[f"use_{n}_l2norm"] else a[n] for n in ("q", "k"))
+    gv = torch.zeros_like(a["v"]) if a["gv"] is None else a["gv"]
+    return Act("gated_oja", (q, k, a["v"], gv, _beta(a)), scale_of(a))
+
+
+def _dplr(a: Given) -> Act:
+    return Act("dplr", (a["q"], a["k"], a["v"], a["a"], a["b"], a["gk"]), scale_of(a))
+
+
+def _iplr(a: Given) -> Act:
+    return Act("iplr", (a["q"], a["k"], a["v"], a["a"], a["b"]), scale_of(a))
+
+
+def _rwkv7(a: Given) -> Act:
+    """RWKV-7's operator is DPLR with w as the log-decay; made of kk and a where it takes those."""
+    first, second = (a["a"], a["b"]) if "b" in a else (-a["kk"], a["kk"] * a["a"])
+    return Act("dplr", (a["r"], a["k"], a["v"], first, second, a["w"]), scale_of(a))
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------------------
 
-_STATE = "scale=None initial_state=None output_final_state=False"
+_STATES = "initial_state=None output_final_state=False"
+_STATE = f"scale=None {_STATES}"
 _BOTH = "cu_seqlens=None cu_seqlens_cpu=None"
 _TURN = "reverse=False state_v_first=False cu_seqlens=None **kwargs"
+_FIRST = "state_v_first=False cu_seqlens=None **kwargs"
+_QK = "use_qk_l2norm_in_kernel=False"
+_GATE = "use_gate_in_kernel=False"
+_SIGMOID = "use_beta_sigmoid_in_kernel=False allow_neg_eigval=False"
+_OJA = "use_q_l2norm=False use_k_l2norm=False"
 _LIGHT = "q k v layer_idx num_layers"
 _NORM = "normalize=True cu_seqlens=None"
 
@@ -136,7 +237,69 @@ fused_recurrent_gla = function("fused_recurrent_gla", f"q k v gk=None gv=None {_
 chunk_rwkv6 = function("chunk_rwkv6", f"r k v w u {_STATE} {_BOTH} **kwargs", _rwkv6)
 fused_recurrent_rwkv6 = function("fused_recurrent_rwkv6", f"r k v w u {_STATE} reverse=False cu_seqlens=None", _rwkv6)
 
+chunk_delta_rule = function("chunk_delta_rule", f"q k v beta {_STATE} {_QK} {_BOTH} **kwargs", _delta)
+fused_recurrent_delta_rule = function("fused_recurrent_delta_rule", f"q k v beta=None {_STATE} {_QK} cu_seqlens=None", _delta)
+chunk_gated_delta_rule = chunk_gdn = function(
+    "chunk_gated_delta_rule",
+    f"q k v g beta {_STATE} {_QK} {_SIGMOID} state_v_first=False {_BOTH} chunk_indices=None cp_context=None **kwargs",
+    _gated_delta,
+)
+fused_recurrent_gated_delta_rule = fused_recurrent_gdn = function(
+    "fused_recurrent_gated_delta_rule",
+    f"q k v g=None gk=None gv=None beta=None {_STATE} {_QK} {_GATE} A_log=None dt_bias=None {_SIGMOID} {_FIRST}",
+    _gated_delta,
+)
+chunk_gated_delta_product = function(
+    "chunk_gated_delta_product", f"q k v g beta num_householder {_STATE} {_QK} {_BOTH} cp_context=None", _product
+)
+chunk_kda = function(
+    "chunk_kda",
+    f"q k v g beta {_STATE} {_QK} {_GATE} {_SIGMOID} safe_gate=False lower_bound=None disable_recompute=False "
+    f"return_intermediate_states=False state_v_first=False {_BOTH} cp_context=None use_graph=False max_num_seqs=None **kwargs",
+    _kda,
+)
+fused_recurrent_kda = function(
+    "fused_recurrent_kda", f"q k v g beta A_log=None dt_bias=None {_STATE} {_QK} {_GATE} {_SIGMOID} lower_bound=None {_FIRST}", _kda
+)
+chunk_gdn2 = function(
+    "chunk_gdn2",
+    f"q k v g b w {_STATE} {_QK} {_GATE} {_BOTH} safe_gate=False lower_bound=None disable_recompute=False "
+    "return_intermediate_states=False state_v_first=False cp_context=None **kwargs",
+    _gdn2,
+)
+fused_recurrent_gdn2 = function(
+    "fused_recurrent_gdn2", f"q k v g b w A_log=None dt_bias=None {_STATE} {_QK} {_GATE} lower_bound=None {_FIRST}", _gdn2
+)
+chunk_comba = function("chunk_comba", f"q k v p g beta=None {_STATE} {_QK} {_BOTH}", _comba)
+fused_recurrent_comba = function("fused_recurrent_comba", f"q k p v g beta=None {_STATE} {_QK} cu_seqlens=None", _comba)
+chunk_gated_oja_rule = function("chunk_gated_oja_rule", f"q k v gv beta {_STATE} {_OJA} {_BOTH} **kwargs", _oja)
+fused_recurrent_gated_oja_rule = function(
+    "fused_recurrent_gated_oja_rule", f"q k v gv=None beta=None {_STATE} {_OJA} cu_seqlens=None **kwargs", _oja
+)
+chunk_dplr_delta_rule = function(
+    "chunk_dplr_delta_rule",
+    f"q k v a b gk {_STATE} {_BOTH} safe_gate=False chunk_size=None disable_recompute=False cp_context=None lower_bound=None **kwargs",
+    _dplr,
+)
+fused_recurrent_dplr_delta_rule = function("fused_recurrent_dplr_delta_rule", f"q k v a b gk {_STATE} reverse=False cu_seqlens=None", _dplr)
+chunk_iplr_delta_rule = function("chunk_iplr_delta_rule", f"q k v a b {_STATE} {_BOTH} **kwargs", _iplr)
+fused_recurrent_iplr_delta_rule = function("fused_recurrent_iplr_delta_rule", f"q k v a b {_STATE} cu_seqlens=None", _iplr)
+chunk_rwkv7 = function(
+    "chunk_rwkv7",
+    f"r w k v a b scale=1.0 {_STATES} {_BOTH} safe_gate=False chunk_size=None disable_recompute=False cp_context=None lower_bound=None",
+    _rwkv7,
+)
+fused_recurrent_rwkv7 = function(
+    "fused_recurrent_rwkv7", "r w k v a b scale=None initial_state=None output_final_state=True cu_seqlens=None", _rwkv7
+)
+fused_mul_recurrent_rwkv7 = function("fused_mul_recurrent_rwkv7", f"r w k v kk a scale=1.0 {_STATES} reverse=False cu_seqlens=None", _rwkv7)
+
 
 def fused_chunk_gla(**kwargs: Any) -> NoReturn:
     """Raises NotImplementedError, as fla's does."""
     raise NotImplementedError("`fused_chunk_gla` is deprecated. Please use `chunk_gla` instead.")
+
+
+def fused_chunk_delta_rule(**kwargs: Any) -> NoReturn:
+    """Raises NotImplementedError, as fla's does."""
+    raise NotImplementedError("fused_chunk_delta_rule is deprecated. Please use chunk_delta_rule instead.")
