@@ -5,7 +5,6 @@ Everything here is read-only at run time: whatever lagen writes goes to a folder
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -48,22 +47,3 @@ def cache() -> Path:
 
     named = os.environ.get("LAGEN_CACHE_DIR")
     return Path(named) if named else Path(platformdirs.user_cache_dir("lagen"))
-
-
-def tiles(digest: str) -> dict[str, dict[str, int]]:
-    """Returns the tiles that a variant needs to compile without spills, by target and by pass and dim; none where none are known.
-
-    ``digest`` is that of the recurrence. They are static findings of the compiler (tuned/tiles.json), not timings. An entry that is
-    not of this form is left out, as is a file that cannot be read.
-    """
-    try:
-        found = json.loads((folder("tuned") / "tiles.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    entry = found.get(digest, {}) if isinstance(found, dict) else {}
-    targets = entry.get("tiles", {}) if isinstance(entry, dict) else {}
-    return {
-        str(target): {str(where): size for where, size in caps.items() if size in (16, 32, 64, 128)}
-        for target, caps in sorted(targets.items())
-        if isinstance(caps, dict)
-    }

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lagen import data
-from lagen.cli_compile import Gathered, Shape, gather
 from lagen.passes.canonicalise import canonicalise
+from lagen.runtime.launches import Gathered, Shape, gather
 from lagen.spec.read import read
 from lagen.targets.compile import compile_launches
 from lagen.targets.target import find

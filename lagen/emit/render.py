@@ -21,7 +21,6 @@ from lagen.emit.triton import render_triton
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
-from lagen.passes.digest import digest as algebra
 from lagen.passes.digest import identity
 from lagen.targets.tuned import Entry
 
@@ -58,7 +57,7 @@ def render(
     ``printed`` names the backends beside torch to print where there is a printer for what the variant does; ``tuned`` are the configs
     that its calls look up.
     """
-    kernels = _kernels(recurrence, adjoint) if "triton" in printed else Fallback("not asked for")
+    kernels = kernels_of(recurrence, adjoint) if "triton" in printed else Fallback("not asked for")
     step = "torch_step" if variant.causal else "None"
     backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True, host=True)")]
     cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
@@ -133,10 +132,10 @@ def formula(size: Expr) -> Formula:
     return (size.op, formula(size.args[0]), formula(size.args[1]))
 
 
-def _kernels(recurrence: Recurrence, adjoint: Adjoint) -> str | Fallback:
+def kernels_of(recurrence: Recurrence, adjoint: Adjoint) -> str | Fallback:
     """Returns the Triton kernels of a variant, or says why they cannot be printed."""
     try:
-        return render_triton(recurrence, adjoint, data.tiles(algebra(recurrence))).strip()
+        return render_triton(recurrence, adjoint).strip()
     except NotImplementedError as missing:
         return Fallback(str(missing))
 

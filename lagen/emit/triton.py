@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from lagen.emit.forms import segments
@@ -17,7 +17,7 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
-from lagen.passes.schedule import widest_tile
+from lagen.passes.schedule import is_exact, place, tiles, widest
 
 _CALLS = {"lg_gram": ("lg_reach", "lg_decay"), "lg_mix": ("lg_reach", "lg_decay")}
 """Device functions that a device function calls."""
@@ -76,10 +76,10 @@ _RESERVED |= {
 }
 
 
-def render_triton(recurrence: Recurrence, adjoint: Adjoint, tiles: Mapping[str, Mapping[str, int]] | None = None) -> str:
-    """Prints the Triton part of a variant's module; ``tiles`` narrows tiles by target, then by pass and dim ("forward V")."""
+def render_triton(recurrence: Recurrence, adjoint: Adjoint) -> str:
+    """Prints the Triton part of a variant's module; its launchers look configs up in the module's table TUNED."""
     recurrence, adjoint = _renamed(recurrence, adjoint)
-    return _Module(recurrence, adjoint, make_plan(recurrence, adjoint)).render(tiles or {})
+    return _Module(recurrence, adjoint, make_plan(recurrence, adjoint)).render()
 
 
 def _renamed(r: Recurrence, a: Adjoint) -> tuple[Recurrence, Adjoint]:
@@ -124,7 +124,7 @@ class _Module:
         self.heads |= {c.buffer.name: self.top for k in plan.backward for c in k.closings}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
 
-    def render(self, tiles: Mapping[str, Mapping[str, int]]) -> str:
+    def render(self) -> str:
         """Prints device functions, kernels, launchers."""
         parts: list[str] = []
         kernels: list[str] = []
@@ -155,10 +155,10 @@ class _Module:
             .get_template("triton/launch.py.j2")
             .render(
                 functions=functions,
-                tight={t: dict(sorted(c.items())) for t, c in sorted(tiles.items())},
                 chunk=self.r.chunk_default,
                 saves=len(self.plan.saved),
                 segments=_printed(segments),
+                tiles=_printed(tiles),
             )
         )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
@@ -217,24 +217,21 @@ class _Module:
     def tiles(self, kernels: list[Kernel], pass_: str) -> list[str]:
         """Prints the configuration of a pass: one chunk, one tile per dim on the grid (tiles share sums), blocks of whole dims."""
         size = f"{self.r.inputs[0].name}.element_size()"
-        cap: dict[str, int] = {}
-        for k in kernels:
-            cap[k.tile] = min(cap.get(k.tile, 64), widest_tile(k))
-        # a gate's sum runs over a chunk before it is closed: where no stored tile fixes the chunk, float32 takes a short one
-        closed = any(not c.buffer.dims for k in kernels for c in k.closings)
-        exact = ", exact=True" if closed and not any(k.kind == "chunks" for k in kernels) else ""
+        cap = widest(kernels)
+        exact = ", exact=True" if is_exact(kernels) else ""
         lines = []
         for k in kernels:
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
             if k.kind == "chunks":
-                lines.append(f'BT, B{k.tile}_chunk = _config("{pass_} chunks {k.tile}", {k.tile}, 16, {size}, {widest_tile(k)})[:2]')
+                lines.append(f'BT, B{k.tile}_chunk = _config(tuned, chunk, "{place(k)}", {k.tile}, 16, {size}, {cap[place(k)]})[:2]')
             elif k.kind in ("sweep", "step"):
-                called = f'_config("{pass_} {k.tile}", {k.tile or 16}, {most}, {size}, {cap[k.tile]}{exact})'
+                called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)}{exact})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
         if not lines:
-            lines.append(f"BT = {self.r.chunk_default}")
-        return lines
+            return [f"BT = {self.r.chunk_default}"]
+        dims = "".join(f'("{d}", {d}), ' for d in self.dims if d not in dict(self.r.sizes)).rstrip()
+        return [f'tuned, chunk = _tuned("{pass_}", dtype, ({dims}), {"1" if pass_ == "step" else "T"}, B * HV)', *lines]
 
     def kernel_dims(self, k: Kernel) -> tuple[str, ...]:
         """Lists a kernel's dims."""
@@ -375,7 +372,7 @@ class _Module:
             return ["SEG, NSEG, cut = _cut(max(1, triton.cdiv(T, BT)), BT, T, cu_seqlens)"]
         tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
         longest = f"(2**31 - 1) // (BT * max(x.stride(1) for x in ({', '.join(t.name for t in self.r.inputs)},)))"
-        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), {longest}, {exact}"
+        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), {longest}, {exact}, tuned.get('segment', 0)"
         return [f"SEG, NSEG, cut = _cut(FORM or _segments({call})[0], BT, T, cu_seqlens)"]
 
     def borders(self, states: tuple[State, ...]) -> list[Kernel]:

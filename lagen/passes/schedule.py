@@ -1,12 +1,25 @@
-"""Schedules a kernel's tiles: how wide a dim on the grid may be before what is alive at once no longer fits the registers."""
+"""Schedules kernels: the tiles, chunks, warps and stages that a pass takes by rule, and what of them may be chosen instead.
+
+``tiles`` is printed into generated files, so that a call and the tuner have one rule for what nothing was chosen for.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 from lagen.ir.expr import walk
-from lagen.ir.plan import Kernel
+from lagen.ir.plan import Kernel, Plan
+from lagen.ir.tunable import AtMost, Tunable, Tunables
 
 _OPERANDS = 8
 """Matrix operands that a sweep of 64-wide tiles keeps in flight without spilling (8 warps, 128 x 128 states, bf16)."""
+
+FUSED = 1 << 20
+"""A segment longer than any sequence: the scan is not cut."""
+
+_STATES = 32_768
+"""Floats of states that the registers of one program may hold: half of all that a processor has."""
 
 
 def widest_tile(k: Kernel) -> int:
@@ -16,3 +29,88 @@ def widest_tile(k: Kernel) -> int:
         return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op == "mix"}) <= 1 else 16
     matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds)
     return 64 if matrices <= 1 and len(operands) <= _OPERANDS else 32
+
+
+def tiles(target: str, chunk: int, itemsize: int, exact: bool) -> tuple[int, int, int, int]:
+    """Returns chunk, tile on the grid, warps and stages where nothing was chosen; ``exact`` asks for short chunks in float32."""
+    # what compiles without spills at 128 x 128 in bf16 (chunks of 64 fill a wgmma)
+    table = {
+        "cuda:90": (64, 64, 8, 2),
+        "cuda:100": (64, 64, 8, 2),
+        "cuda:120": (32, 32, 8, 2),
+        "cuda": (32, 32, 4, 2),
+        "hip": (32, 32, 4, 1),
+        "interpreter": (64, 64, 4, 1),
+    }
+    most, tile, warps, stages = table.get(target) or table[target.split(":")[0]]
+    if itemsize > 2 and target != "interpreter":
+        most, tile, stages = min(most, 32), 32, 1
+    if exact and itemsize > 2:
+        most = 16
+    return min(chunk, most), tile, warps, stages
+
+
+def place(k: Kernel) -> str:
+    """Names the tile that a kernel takes; kernels of a pass that name the same take the same."""
+    return f"chunks {k.tile}" if k.kind == "chunks" else k.tile
+
+
+def widest(kernels: Sequence[Kernel]) -> dict[str, int]:
+    """Returns the widest tile by place: of all kernels that share it, the least."""
+    found: dict[str, int] = {}
+    for k in kernels:
+        if k.tile:
+            found[place(k)] = min(found.get(place(k), 64), widest_tile(k))
+    return found
+
+
+def is_exact(kernels: Sequence[Kernel]) -> bool:
+    """Tells whether float32 takes short chunks: a gate's sum runs over a chunk before it is closed, and no stored tile fixes the chunk."""
+    closed = any(not c.buffer.dims for k in kernels for c in k.closings)
+    return closed and not any(k.kind == "chunks" for k in kernels)
+
+
+def kernels_of(plan: Plan, of: str) -> tuple[Kernel, ...]:
+    """Lists the launches that a pass may make."""
+    own = {"forward": plan.forward, "backward": plan.backward, "step": plan.step}[of]
+    held = {h.carry.state for k in plan.forward for h in k.holds}
+    cuts = {"forward": [k for k in plan.borders if k.holds[0].carry.state in held], "backward": plan.borders, "step": ()}[of]
+    return (*cuts, *own)
+
+
+def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int, itemsize: int, sizes: Mapping[str, int]) -> Tunables:
+    """Returns what may be chosen of one pass on a GPU: the tile of each dim on the grid, how a scan is cut, warps and stages.
+
+    The chunk is shared with the other passes, for tensors of its shape go from one to the other. ``chunks`` are those that the variant
+    allows and ``chunk`` its default; ``sizes`` gives every dim's size.
+    """
+    kernels = kernels_of(plan, of)
+    scans = [k for k in kernels if k.kind not in ("tokens", "torch")]
+    if not scans:
+        return Tunables(())
+    exact = is_exact(kernels) and itemsize > 2
+    most, tile, _, stages = tiles(target, chunk, itemsize, exact)
+    found: list[Tunable] = []
+    limits: list[AtMost] = []
+    for where, cap in widest(kernels).items():
+        dim = where.rpartition(" ")[2]
+        block = min(256, max(16, 1 << (sizes[dim] - 1).bit_length()))
+        values = tuple(v for v in (16, 32, 64, 128) if v <= block)
+        found.append(Tunable(f"{of} {where}", values, min(block, tile, cap), f"how much of {dim} one program takes"))
+        held = max((_held(k, sizes) for k in scans if place(k) == where), default=0)
+        if held:
+            limits.append(AtMost((f"{of} {where}",), max(16, _STATES // held), f"states of {held} rows would not fit the registers"))
+    if of != "step" and not exact:
+        least = 16 if itemsize <= 2 else min(16, most)
+        lengths = sorted({c for c in (*chunks, most) if least <= c <= 64})
+        found.append(Tunable("chunk", tuple(lengths), most, "tokens that are taken together by matrix products"))
+    if plan.borders and of != "step" and not exact:
+        found.append(Tunable(f"{of} segment", (0, 1, 8, 32, FUSED), 0, "chunks that one program runs through; 0: as the shape asks"))
+    found.append(Tunable(f"{of} warps", (0, 4, 8), 0, "warps of a program; 0: as its largest dim asks", static=False))
+    found.append(Tunable(f"{of} stages", tuple(sorted({1, 2, 3, stages})), stages, "chunks whose loads are under way", static=False))
+    return Tunables(tuple(found), tuple(limits))
+
+
+def _held(k: Kernel, sizes: Mapping[str, int]) -> int:
+    """Returns how many floats of matrix states a kernel holds for each place of its tile."""
+    return sum(math.prod(sizes[d] for d in (h.carry.x, h.carry.y) if d != k.tile) for h in k.holds if h.carry.x and h.carry.y)

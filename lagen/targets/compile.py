@@ -22,14 +22,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from lagen import data
 from lagen.targets.launch import FP_FUSION, Constant, Launch, describe
 from lagen.targets.target import Target
 
-FORM = 1
+FORM = 2
 """Of the remembered reports; a change of what they hold makes the old ones unread."""
 
 
@@ -38,7 +39,8 @@ class Report:
     """What one kernel's machine code needs. Counts are per thread (registers, spill_bytes) or per program (shared_bytes).
 
     ``spill_bytes`` is the thread's stack where instructions touch it; ``spill_instructions`` how many do. ``failure`` is empty, or
-    says why there is no machine code. ``seconds`` is the compiler's time when it really ran, also where ``remembered``.
+    says why there is no machine code. ``mix`` counts instructions by kind, ``nest`` is what one program does (targets/work, as JSON),
+    ``code`` the digest of the instructions. ``seconds`` is the compiler's time when it really ran, also where ``remembered``.
     """
 
     kernel: str
@@ -50,6 +52,9 @@ class Report:
     instructions: int = 0
     tensor_instructions: int = 0
     seconds: float = 0.0
+    mix: Mapping[str, int] = field(default_factory=dict)
+    nest: Mapping[str, Any] = field(default_factory=dict)
+    code: str = ""
     failure: str = ""
     remembered: bool = False
 
@@ -166,7 +171,7 @@ class _Worker:
         line, _, self.pending = self.pending.partition(b"\n")
         return line.decode()
 
-    def ask(self, request: str, timeout: float) -> dict[str, int | float | str]:
+    def ask(self, request: str, timeout: float) -> dict[str, Any]:
         """Sends one request and returns its answer; raises _Stopped."""
         assert self.process.stdin is not None
         try:
@@ -174,7 +179,7 @@ class _Worker:
             self.process.stdin.flush()
         except BrokenPipeError as error:
             raise _Stopped("the compiler's process ended before it was asked") from error
-        answer: dict[str, int | float | str] = json.loads(self.read(timeout))
+        answer: dict[str, Any] = json.loads(self.read(timeout))
         return answer
 
     def close(self) -> None:

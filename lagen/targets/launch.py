@@ -42,6 +42,8 @@ class Launch:
     attributes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Constant], ...]  # num_warps, num_stages and the like
     grid: tuple[int, int, int] = field(default=(1, 1, 1), compare=False)
+    values: tuple[tuple[str, int], ...] = field(default=(), compare=False)  # of whole numbers that are no constants
+    sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)  # bytes of each tensor
 
     @property
     def programs(self) -> int:
@@ -129,6 +131,8 @@ def _write_down(function: Any, args: tuple[object, ...], kwargs: dict[str, Any],
         tuple((names[p[0]], tuple((k, int(v)) for k, v in promises)) for p, promises in attributes.items() if promises),
         tuple(sorted((k, v) for k, v in kwargs.items() if k not in names)),
         (int(sizes[0]), int(sizes[1]), int(sizes[2])),
+        tuple((n, v) for n, v in bound.items() if isinstance(v, int) and not isinstance(v, bool)),
+        tuple((n, v.numel() * v.element_size()) for n, v in bound.items() if hasattr(v, "element_size")),
     )
 
 

@@ -29,6 +29,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 from lagen.targets.launch import FP_FUSION
+from lagen.targets.work import count
 
 _NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TENSOR = re.compile(r"\b(?:[HIQ]G?MMA|UTC[A-Z]*MMA)\b|\bv_mfma_", re.M)
@@ -50,7 +51,33 @@ def _constant(value: object) -> object:
     return getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
 
 
-def _cuda(cubin: bytes) -> dict[str, int]:
+_MIX = {
+    "tensor": r"[HIQ]G?MMA|UTC[A-Z]*MMA|v_mfma_\w+",
+    "special": r"MUFU|v_(?:exp|log|rcp|sqrt|rsq|sin|cos)_\w+",
+    "float": r"F(?:FMA|ADD|MUL|SEL|SETP|MNMX|SET)\d?|H(?:FMA|ADD|MUL|MNMX|SETP)2|F2FP?|I2FP?"
+    r"|v_(?:fma|mul|add|sub|max|min|cvt|pk)_\w*f(?:16|32)\w*",
+    "memory": r"LDG|STG|LDGSTS|UTMA\w+|UBLKCP|ATOMG?|RED|(?:global|buffer|flat)_\w+",
+    "shared": r"LDS|STS|LDSM|STSM|ds_\w+",
+    "local": r"LDL|STL|scratch_\w+",
+    "between": r"SHFL|REDUX|BAR|SYNCS|WARPSYNC|DEPBAR|WARPGROUP|s_barrier|s_waitcnt",
+}
+"""Kinds of instructions by name; every other is a whole number's, a move or a branch."""
+
+
+def _mix(names: list[str]) -> dict[str, int]:
+    """Counts instructions by kind."""
+    found: dict[str, int] = {}
+    for name in names:
+        kind = next((k for k, pattern in _MIX.items() if re.fullmatch(pattern, name)), "other")
+        found[kind] = found.get(kind, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cuda(cubin: bytes) -> dict[str, Any]:
     """Reads registers, stack and the instructions that touch it out of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -59,7 +86,11 @@ def _cuda(cubin: bytes) -> dict[str, int]:
         sass = subprocess.run([_NVIDIA / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     touches = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.M)
+    names = [m[1] for line in lines if (m := re.match(r"(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", line))]
     return {
+        "mix": _mix(names),
+        "code": _digest("\n".join(lines)),
         "registers": found["REG"],
         "spill_bytes": found["STACK"] + found["LOCAL"] if touches else 0,
         "spill_instructions": touches,
@@ -68,7 +99,7 @@ def _cuda(cubin: bytes) -> dict[str, int]:
     }
 
 
-def _hip(assembly: str) -> dict[str, int]:
+def _hip(assembly: str) -> dict[str, Any]:
     """Reads registers, scratch and the instructions that touch it out of amdgcn assembly."""
 
     def value(key: str) -> int:
@@ -77,7 +108,10 @@ def _hip(assembly: str) -> dict[str, int]:
 
     touches = len(re.findall(r"^\s+(?:scratch|buffer)_(?:load|store)_\w+.*(?:offen|off|s32).*(?:Spill|Reload)", assembly, re.M))
     spilt = value("vgpr_spill_count")
+    lines = re.findall(r"^\t([a-z]\w+ .*)$", assembly, re.M)
     return {
+        "mix": _mix([line.split()[0] for line in lines]),
+        "code": _digest("\n".join(lines)),
         "registers": value("vgpr_count"),
         "spill_bytes": value("private_segment_fixed_size") if spilt or touches else 0,
         "spill_instructions": touches,
@@ -102,7 +136,12 @@ def build(launch: dict[str, Any]) -> dict[str, Any]:
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__)
     seconds = time.perf_counter() - start
     found = _cuda(compiled.asm["cubin"]) if backend_name == "cuda" else _hip(compiled.asm["amdgcn"])
-    return {**found, "shared_bytes": int(compiled.metadata.shared), "seconds": round(seconds, 3)}
+    return {
+        **found,
+        "nest": count(compiled.asm["ttir"]).to_json(),
+        "shared_bytes": int(compiled.metadata.shared),
+        "seconds": round(seconds, 3),
+    }
 
 
 def answer(line: str) -> str:

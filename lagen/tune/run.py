@@ -13,7 +13,8 @@ from lagen.ir.tunable import Config, Tunables
 from lagen.targets.tuned import Entry
 from lagen.tune.job import Job
 from lagen.tune.measure import Measure
-from lagen.tune.outcome import Failed, Outcome, Timed
+from lagen.tune.modelled import Model
+from lagen.tune.outcome import Failed, Outcome, Reason, Timed
 from lagen.tune.search import Budget, Judge, State, search
 from lagen.tune.space import space_of
 from lagen.tune.studies import opened
@@ -52,26 +53,52 @@ def run(
     judging = judge or judge_of(job, timeout, rounds)
     with opened(job.study, storage, seed) as study:
         state = search(study, space, judging, budget, progress, seed)
-    best = state.best
-    chosen, proof = Config(), None
-    if best is not None and best.config != space.default:
-        proof = _prove(judging, space, best.config)
-        if isinstance(proof, Timed) and proof.ratio < 1.0 - proof.noise:
-            chosen = different(space, best.config)
-    elif best is not None:
-        proof = best.outcome
+    chosen, proof = _choose(judging, space, state)
     return Result(job, space, state, chosen, proof, _entries(job, space, state, chosen, proof))
+
+
+def _choose(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcome | None]:
+    """Returns the winner and its proof: the best config that is proved, the defaults where that is none."""
+    best = state.best
+    if best is None:
+        return _least_spilt(space, state)
+    proof: Outcome | None = best.outcome
+    usable = any(d.config == space.default and isinstance(d.outcome, Timed) for d in state.done)
+    timed = [(d.outcome.ratio, d) for d in state.done if isinstance(d.outcome, Timed)]
+    ranked = [best, *(d for _, d in sorted(timed, key=lambda x: x[0]) if d is not best)]
+    for d in ranked if not usable else ranked[: 1 if isinstance(judge, Measure) else None]:
+        if d.config == space.default:
+            break
+        proof = _prove(judge, space, d.config)
+        if isinstance(proof, Timed) and (proof.ratio < 1.0 - proof.noise or not usable):
+            return different(space, d.config), proof
+        if isinstance(proof, Timed):
+            break
+    return Config(), proof
+
+
+def _least_spilt(space: Tunables, state: State) -> tuple[Config, Outcome | None]:
+    """Returns the config that spills least, where all do."""
+    spilt = [(d.outcome.excess, d) for d in state.done if isinstance(d.outcome, Failed) and d.outcome.reason == Reason.SPILLS]
+    if not spilt:
+        return Config(), None
+    least = min(spilt, key=lambda x: x[0])[1]
+    return different(space, least.config), least.outcome
 
 
 def judge_of(job: Job, timeout: float, rounds: int) -> Judge:
     """Returns who judges a job: the device where it is here, else the model."""
-    return Measure(job, timeout, rounds)
+    return Measure(job, timeout, rounds) if job.here else Model(job, timeout)
 
 
 def _prove(judge: Judge, space: Tunables, config: Config) -> Outcome:
     """Judges the winner once more against the defaults, with more rounds where it is timed."""
     if isinstance(judge, Measure):
         judge = replace(judge, rounds=judge.rounds * PROOF, timeout=judge.timeout * PROOF)
+    if isinstance(judge, Model):
+        failed = judge.confirm(config)
+        if failed is not None:
+            return failed
     return judge.judge(config, space.default, ())
 
 
@@ -87,7 +114,7 @@ def space_digest(space: Tunables) -> str:
 
 
 def _entries(job: Job, space: Tunables, state: State, chosen: Config, proof: Outcome | None) -> tuple[Entry, ...]:
-    if proof is None or (isinstance(proof, Failed) and not state.done):
+    if proof is None:
         return ()
     timed = proof if isinstance(proof, Timed) else None
     notes = {
@@ -100,7 +127,9 @@ def _entries(job: Job, space: Tunables, state: State, chosen: Config, proof: Out
         notes["clock" if job.here else "model"] = timed.note
     if not job.here:
         notes["triton"] = importlib.metadata.version("triton")
-    if not chosen.values:
+    if isinstance(proof, Failed) and proof.reason == Reason.SPILLS:
+        notes["verdict"] = f"spills least: {proof.detail}"
+    elif not chosen.values:
         notes["verdict"] = "nothing beat the defaults by more than the noise" if job.here else "nothing modelled better than the defaults"
     numbers = {} if timed is None else {"time": timed.time, "default": timed.default, "noise": timed.noise}
     if timed and not chosen.values:
