@@ -5,9 +5,11 @@ Where fla-core can be imported, signatures and numbers are also compared with th
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -149,6 +151,41 @@ def test_a_state_may_have_its_values_first(name: str) -> None:
     assert final.is_contiguous()
 
 
+def packed(x: Any) -> Any:
+    return x.flatten(0, 1)[None] if isinstance(x, Tensor) and x.shape[:2] == (B, T) else x
+
+
+@pytest.mark.parametrize(
+    ("name", "reverse"),
+    [
+        ("chunk_simple_gla", False),
+        ("chunk_retention", False),
+        *((f"fused_recurrent_{n}", r) for n in ("gla", "rwkv6") for r in (False, True)),
+    ],
+)
+def test_sequences_side_by_side_are_sequences_alone(name: str, reverse: bool) -> None:
+    tensors = given(name, next(m for n, m, _ in CASES if n == name))
+    named = {"initial_state": draw(B, H, K, V), "output_final_state": True} | ({"reverse": True} if reverse else {})
+    o, final = TABLE[name](**{n: packed(x) for n, x in tensors.items()}, **named, cu_seqlens=torch.tensor([0, T, 2 * T]))
+    wanted, last = TABLE[name](**tensors, **named)
+    close((o, final), (packed(wanted), last))
+    # an empty sequence keeps its state
+    named["initial_state"] = named["initial_state"][:1].expand(3, H, K, V)
+    empty = torch.tensor([0, 0, T, T], dtype=torch.int32)
+    one = {n: x[:1] if isinstance(x, Tensor) and x.shape[:2] == (B, T) else x for n, x in tensors.items()}
+    _, final = TABLE[name](**one, **named, cu_seqlens=empty)
+    close([final[0], final[2]], [named["initial_state"][0]] * 2)
+
+
+def test_normalised_sequences_side_by_side_each_carry_their_key_sum() -> None:
+    tensors = inputs()
+    o, (state, keys) = fla.chunk_linear_attn(
+        **{n: packed(x) for n, x in tensors.items()}, output_final_state=True, cu_seqlens=torch.tensor([0, T, 2 * T])
+    )
+    wanted, (last, sums) = fla.chunk_linear_attn(**tensors, output_final_state=True)
+    close((o, state, keys), (packed(wanted), last, sums))
+
+
 def test_normalised_linear_attention_carries_its_key_sum() -> None:
     tensors = inputs()
     o, (state, keys) = fla.chunk_linear_attn(**tensors, output_final_state=True)
@@ -223,6 +260,25 @@ def test_signatures_are_those_of_the_installed_package(name: str) -> None:
     rooms = [installed(f"fla.ops{room}") for room in ("", ".rebased", ".gdn2", ".gated_oja_rule", ".gated_delta_product", ".rwkv7")]
     theirs = next(getattr(room, name) for room in rooms if hasattr(room, name))
     assert shape(getattr(fla, name)) == shape(theirs)
+
+
+def test_the_installed_layers_call_sites_are_accepted() -> None:
+    room = Path(installed("fla").__file__ or "").parent
+    refused, accepted = [], 0
+    for path in sorted([*room.glob("layers/*.py"), *room.glob("models/*/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in TABLE:
+                continue
+            names = [k.arg for k in node.keywords if k.arg is not None]
+            try:
+                inspect.signature(TABLE[node.func.id]).bind(*node.args, **dict.fromkeys(names))
+            except TypeError as error:
+                refused.append(f"{path.name}:{node.lineno}: {node.func.id}: {error}")
+            unread = set(names) - inspect.signature(TABLE[node.func.id]).parameters.keys() - call.HINTS - call.SWITCHES
+            refused += [f"{path.name}:{node.lineno}: {node.func.id}: {name} goes unread" for name in sorted(unread)]
+            accepted += 1
+    assert not refused
+    assert accepted > 20
 
 
 NAIVE: list[tuple[str, str, str, dict[str, Any]]] = [

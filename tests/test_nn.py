@@ -88,6 +88,33 @@ def test_bfloat16_is_near_float32_and_a_state_dict_makes_the_same_layer(name: st
         assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "cosformer"])
+def test_sequences_side_by_side_are_sequences_alone(name: str) -> None:
+    mixer, x = layer(name, length=T), hidden(T, 1)
+    edges = (0, 4, 4, 5, T)
+    packed = Cache()
+    with torch.no_grad():
+        got = mixer(x, packed, cu_seqlens=torch.tensor(edges))
+        for n, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+            own = Cache()
+            torch.testing.assert_close(got[:, start:end], mixer(x[:, start:end], own))
+            held = packed[0].states
+            assert held is not None
+            for together, apart in zip(held, own[0].states or (), strict=True):
+                torch.testing.assert_close(together[n : n + 1], apart)
+            for what, window in own[0].windows.items():
+                torch.testing.assert_close(packed[0].windows[what][n : n + 1], window)
+        if name == "cosformer":
+            with pytest.raises(ValueError, match="cosformer asks for positions: sequences side by side cannot follow on a cache"):
+                mixer(x, packed, cu_seqlens=torch.tensor(edges))
+            return
+        again = mixer(x, packed, cu_seqlens=torch.tensor(edges))
+    whole = Cache()
+    with torch.no_grad():
+        mixer(x[:, :4], whole)
+        torch.testing.assert_close(again[:, :4], mixer(x[:, :4], whole))
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------------------
 
 

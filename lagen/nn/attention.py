@@ -6,7 +6,6 @@ params. No rule asks which variant it is.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,11 +110,7 @@ class LinearAttention(nn.Module):
         held = self._held(cache)
         if held is not None and held.states is not None and x.shape[1] == 1 and cu_seqlens is None and not self._wants_gradient(x):
             return self._token(x[:, 0], held)[:, None]
-        more: dict[str, Any] = {}
-        if cu_seqlens is not None:
-            if "cu_seqlens" not in inspect.signature(self.operator.__call__).parameters:
-                raise ValueError(f"{self.operator.spec.name}: this operator takes no cu_seqlens; build it again with this lagen")
-            more["cu_seqlens"] = cu_seqlens
+        more: dict[str, Any] = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         tensors = self._tensors(x, held, cu_seqlens)
         if held is not None:
             more |= {"initial_state": held.states, "output_final_state": True}
@@ -200,7 +195,7 @@ class LinearAttention(nn.Module):
         rows = []
         for o, out in zip(self.operator.spec.outputs, outputs, strict=True):
             normed = self.norms[o.name](out.to(x.dtype)) if o.name in self.norms else out.to(x.dtype)
-            rows.append(normed.reshape(*x.shape[:-1], -1))
+            rows.append(normed.reshape(*x.shape[:-1], math.prod(self.sizes[d] for d in o.shape())))
         joined = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
         if self.gate is not None:
             joined = joined * functional.silu(self.gate(x))
