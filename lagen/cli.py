@@ -229,7 +229,12 @@ def compile_specs(paths: list[Path], targets: tuple[str, ...], as_json: bool, **
 @main.command()
 @_specs(many=False)
 @click.option("--T", "t", default="1024:16384", show_default=True, help="Lengths: a range by doubling, or a list, 1024,3000.")
-@click.option("--against", default="sdpa,torch", show_default=True, help="sdpa: softmax attention; torch: this operator's torch code.")
+@click.option(
+    "--against",
+    default="installed",
+    show_default=True,
+    help="Peers: sdpa (softmax attention), torch (this operator's torch code), transformers, fla, mamba_ssm; installed: all that are.",
+)
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="Where to run.")
 @click.option("--H", "h", default=8, show_default=True, type=click.IntRange(1), help="Heads.")
 @click.option("--size", default=64, show_default=True, type=click.IntRange(1), help="Of K, V and every other dim.")

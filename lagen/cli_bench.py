@@ -50,7 +50,7 @@ def run(
             load(variant, printed=("cpp",)),
             variant,
             lengths(text),
-            tuple(p for p in against.split(",") if p),
+            tuple(p for p in against.split(",") if p and p != "installed"),
             heads,
             size,
             repeats,
@@ -78,10 +78,12 @@ def _print(report: Report) -> None:
         print(
             f"{of}: {gemm:.2f} of the GEMM rate ({report.gemm_rate:.0f} GFLOP/s), {copy:.2f} of the copy rate ({report.copy_rate:.0f} GB/s)"
         )
-    print("forward, MiB above inputs and outputs: " + ", ".join(f"T {t}: {mib:.1f}" for t, mib in report.memory))
+    for of in PASSES:
+        told = ", ".join(f"T {t}: {mib:.1f}" for o, t, mib in report.memory if o == of)
+        print(f"{of}, peak MiB above what is given and returned: {told}")
     for of in PASSES:
         crossing = report.crossover("sdpa", of)
-        if crossing:
-            print(f"{of}: faster than sdpa from T = {crossing}")
+        if crossing is not None:
+            print(f"{of}: faster than sdpa {f'from T = {crossing:.0f}' if crossing else 'at every T'}")
     for line in report.left_out:
         print(f"left out: {line}")

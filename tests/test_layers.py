@@ -44,7 +44,7 @@ ORACLE = {"ir.expr", "ir.scalar", "ir.variant"}
 
 
 def named(part: str) -> str:
-    return "cli" if part.startswith("cli") else part
+    return next((p for p in ("cli", "bench") if part.startswith(p)), part)
 
 
 def room(path: Path) -> str:
