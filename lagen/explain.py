@@ -57,10 +57,16 @@ def explain(subject: Variant | str | Path, stage: str = "all") -> str:
 
 def family(recurrence: Recurrence) -> str:
     """This function returns the family of a recurrence in words, as in "per-key decay, exclusive read"."""
-    main = next((s for s in recurrence.states if len(s.dims) == 2), recurrence.states[0])
+    main = next((s for s in recurrence.states if len(s.dims) == 2), next(s for s in recurrence.states if not s.peak))
     reads = [r for _, e in recurrence.outputs for r in E.reads(e, "readout")]
     of_main = [r for r in reads if r.name == main.name]
     words = [_decay_words(main, of_main[0].attr("dim") if of_main else "")] if main.causal else ["not causal"]
+    if any(s.peak for s in recurrence.states):
+        words.append("peak")
+    if any(E.reads(x, "readout") for s in recurrence.states if not s.peak for w in s.writes for x in (w.row, w.col)) or any(
+        E.reads(r.args[0], "readout") for r in reads
+    ):
+        words.append("stages")
     if len(main.dims) < 2:
         words.append("vector state" if main.dims else "scalar state")
     if any(len(s.dims) < 2 for s in recurrence.states) and len(main.dims) == 2:
@@ -91,6 +97,10 @@ def _correction_words(state: State, contracted: str) -> str:
 def _decay_words(state: State, contracted: str) -> str:
     if not state.decay:
         return "no decay"
+    if state.dense:
+        return "dense decay"
+    if len(state.dims) == 1:
+        return "per-channel decay" if state.decay[0].dims else "scalar decay"
     words = []
     for g in state.decay:
         if g.dims:
@@ -144,8 +154,10 @@ def _printer(states: tuple[State, ...], made: Made, roots: list[Expr]) -> tuple[
 def _chunk(made: Made) -> str:
     r = made.recurrence
     lowered: list[tuple[State, list[tuple[Expr, Expr]], Carry]] = []
-    for s in r.states:
-        reads = [n for n in dict.fromkeys(n for _, e in r.outputs for n in E.reads(e, "readout")) if n.name == s.name]
+    everything = [*(x for s in r.states for x in s.operands), *(e for _, e in r.outputs)]
+    scanned = [s for s in r.states if s.peak or s.dense]
+    for s in (s for s in r.states if s not in scanned):
+        reads = [n for n in dict.fromkeys(n for e in everything for n in E.reads(e, "readout")) if n.name == s.name]
         x = reads[0].attr("dim") if reads else (*s.dims, "")[0]
         lowered.append((s, [(n, lower_readout(n, s, carry_of(s, n.attr("dim")))) for n in reads], carry_of(s, x, s.causal)))
     roots = [e for _, pairs, _ in lowered for pair in pairs for e in pair]
@@ -156,6 +168,9 @@ def _chunk(made: Made) -> str:
         lines += [f"{s.name}: {gates}"] if gates else []
         lines += [f"{printer.definition(n)} = {printer.text(e)}" for n, e in pairs]
         lines += [printer.carry(carry)] if s.causal else []
+    for s in scanned:
+        why = "a running maximum" if s.peak else "a decay for every element has no matmul form"
+        lines.append(f"{s.name}: {why}: scanned token by token, in order inside a chunk")
     return _section("chunk", lines)
 
 
@@ -169,13 +184,16 @@ def _adjoint(made: Made) -> str:
 
 
 def _plan(made: Made) -> str:
+    from lagen.emit.cpp import fallback
     from lagen.passes.plan import plan
 
+    slow = fallback(made.recurrence, made.adjoint)
+    facts = [f"no generated C++, since {slow}: on the CPU the torch evaluation serves"] if slow else []
     try:
         planned = plan(made.recurrence, made.adjoint)
     except NotImplementedError as missing:
-        return _section("plan", [f"no Triton kernels: {missing}"])
-    return str(planned) + ("\n" + _forms() if planned.borders else "")
+        return _section("plan", [f"no Triton kernels: {missing}", *facts])
+    return str(planned) + ("\n" + _section("backends", facts) if facts else "") + ("\n" + _forms() if planned.borders else "")
 
 
 def _forms() -> str:

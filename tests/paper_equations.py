@@ -302,9 +302,83 @@ def gated_oja(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tenso
     return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
 
 
+def shares(s: Tensor, g: Tensor | None = None) -> Tensor:
+    """Returns what of token j's slots is left at token i, exp(s_j) over its sum or times the gates between: [B, H, M, T, T]."""
+    lower = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()
+    if g is None:
+        weights = s.permute(0, 2, 3, 1).unsqueeze(-2).expand(-1, -1, -1, s.shape[1], -1)
+        return torch.softmax(weights.masked_fill(~lower, -torch.inf), -1)
+    total = g.permute(0, 2, 3, 1).cumsum(-1)
+    return (total[..., :, None] - total[..., None, :]).exp() * lower * s.permute(0, 2, 3, 1).unsqueeze(-2)
+
+
+def slots(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    """Returns softmax(q . K) V of slots that hold weighted sums of keys and values."""
+    keys, values = (torch.einsum("bhmts,bshx->bthmx", weights, x) for x in (k, v))
+    p = torch.softmax(torch.einsum("bthk,bthmk->bthm", q, keys) / math.sqrt(q.shape[-1]), -1)
+    return torch.einsum("bthm,bthmv->bthv", p, values)
+
+
+def gsa(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> Tensor:
+    """arXiv:2409.07146: slots decay by exp(g) and take s of each token."""
+    return slots(q, k, v, shares(s, g))
+
+
+def abc(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """arXiv:2110.02488, its learned control: slot m holds the mean of the tokens so far, weighted by exp(s_m)."""
+    return slots(q, k, v, shares(s))
+
+
+def hgrn(x: Tensor, g: Tensor) -> Tensor:
+    """arXiv:2311.04823: h_t = f_t h_{t-1} + (1 - f_t) x_t, as a sum over the tokens before."""
+    total = g.cumsum(1)
+    weight = (total[:, :, None] - total[:, None]).exp() * torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()[:, :, None]
+    return torch.einsum("btsd,bsd->btd", weight, (1 - g.exp()) * x)
+
+
+def rwkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """arXiv:2305.13048, equation 16: wkv_t, each token's weight exp(-(t - 1 - i) w + k_i), the last one's exp(u + k_t)."""
+    rows = []
+    for t in range(k.shape[1]):
+        age = torch.arange(t - 1, -1, -1, dtype=k.dtype)[:, None]
+        weight = torch.cat([(k[:, :t] - age * w).exp(), (u + k[:, t : t + 1]).exp()], 1)
+        rows.append((weight * v[:, : t + 1]).sum(1) / weight.sum(1))
+    return torch.stack(rows, 1)
+
+
+def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+    """arXiv:2405.04517, equations 19 to 27, in the form without a stabiliser."""
+    weight = decays((1 / (1 + (-f).exp())).log()) * i.exp().transpose(1, 2).unsqueeze(-2)
+    top, bottom = attend(q / math.sqrt(q.shape[-1]), k, v, weight)
+    return top / bottom.abs().clamp(min=1.0)
+
+
+def selective(x: Tensor, decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Runs S_t = decay_t S_{t-1} + x_t B_t, number by number, and returns S_t C_t; decay is [B, T, E, N]."""
+    state, rows = torch.zeros_like(decay[:, 0]), []
+    for t in range(x.shape[1]):
+        state = decay[:, t] * state + x[:, t, :, None] * B[:, t, None]
+        rows.append((state * C[:, t, None]).sum(-1))
+    return torch.stack(rows, 1)
+
+
+def mamba1(x: Tensor, dt_raw: Tensor, B: Tensor, C: Tensor, A_log: Tensor, dt_bias: Tensor, D: Tensor) -> Tensor:
+    """arXiv:2312.00752, algorithm 2: A = -exp(A_log), dt = softplus(dt_raw + dt_bias), y = C h + D x."""
+    dt = (1 + (dt_raw + dt_bias).exp()).log()
+    return selective(dt * x, (-A_log.exp() * dt.unsqueeze(-1)).exp(), B, C) + D * x
+
+
+def longhorn(x: Tensor, b: Tensor, q: Tensor, k: Tensor, D: Tensor) -> Tensor:
+    """arXiv:2407.14207, algorithm 1: delta = beta / (1 + beta k.k), S_t = (1 - delta k^2) S_{t-1} + delta x k."""
+    beta = 1 / (1 + (-b).exp())
+    delta = beta / (1 + beta * k.square().sum(-1, keepdim=True))
+    return selective(delta * x, 1 - delta.unsqueeze(-1) * k.square().unsqueeze(-2), k, q) + D * x
+
+
 EQUATIONS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
+        abc,
         based,
         comba,
         cosformer,
@@ -317,18 +391,24 @@ EQUATIONS: dict[str, Callable[..., Tensor]] = {
         gated_rfa,
         gdn2,
         gla,
+        gsa,
         hedgehog,
+        hgrn,
         hgrn2,
         iplr,
         kda,
         lightning,
         linear_attention,
+        longhorn,
+        mamba1,
         mamba2,
         metala,
+        mlstm,
         performer,
         rebased,
         relu_attention,
         retnet,
+        rwkv4,
         rwkv6,
         rwkv7,
         simple_gla,

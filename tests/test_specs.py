@@ -14,12 +14,14 @@ from lagen.ir.variant import Tensor, Variant
 from lagen.spec import read
 from lagen.verify.oracle import oracle
 
-SIZES = {"B": 2, "T": 13, "H": 3, "HV": 6, "K": 5, "V": 7, "M": 9}
+SIZES = {"B": 2, "T": 13, "H": 3, "HV": 6, "K": 5, "V": 7, "M": 9, "D": 4, "E": 8, "N": 3}
 PATHS = {path.stem: path for path in data.specs()}
 
 
 def values(declared: Tensor, generator: torch.Generator) -> torch.Tensor:
     x = torch.randn([SIZES[d] for d in declared.shape], dtype=torch.float64, generator=generator) / (2.0 if declared.name in "abk" else 1.0)
+    if declared.name == "w" and not declared.token:
+        return x.abs()
     if declared.name in ("g", "w", "g_gamma"):
         return -x.abs()
     if declared.name in ("pos", "lower_bound"):

@@ -190,7 +190,9 @@ def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr])
         if len(n.dims) > 1:
             return f"{n} has two dims a token"
     for s in states:
-        if any(len(g.dims) > 1 for g in s.decay):
+        if s.peak:
+            return f"{s.name} is a peak"
+        if s.dense:
             return f"the decay of {s.name} is dense"
         inclusive = any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots))
         if inclusive and any(not w.decayed for w in s.writes):

@@ -111,6 +111,9 @@ class Mathematics:
     def state(self, s: State) -> str:
         """Prints a state's line."""
         step = "t+1" if s.reverse else "t−1"
+        if s.peak:
+            shift = "".join(f" + {self.text(g, SUM)}" for g in s.decay)
+            return f"{s.name}[t] = max({s.name}[t−1]{shift}, {self.text(s.writes[0].row)})"
         if not s.causal:
             return f"{s.name} = Σ_t ({self._writes(s)})"
         past = f"{s.name}[{step}]"
@@ -129,6 +132,8 @@ class Mathematics:
             factor = f"exp({self.text(g)})"
             if not g.dims:
                 past = f"{factor} · {past}"
+            elif len(g.dims) > 1:
+                past = f"{factor} ∘ {past}"
             elif g.dims == s.dims[:1]:
                 past = f"Diag({factor}) {past}" if len(s.dims) == 2 else f"{factor} ∘ {past}"
             else:

@@ -22,8 +22,8 @@ _ATOM, _POWER, _SIGN, _PRODUCT, _SUM, _COMPARE = 5, 4, 3, 2, 1, 0
 _LEVELS = {"add": _SUM, "sub": _SUM, "mul": _PRODUCT, "div": _PRODUCT, "neg": _SIGN}
 _LEVELS |= dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne"), _COMPARE)
 _RESERVED = frozenset(
-    "torch chunked packed pool triton tl Tensor inputs params scale states initial_states output_final_state saved outputs final_states "
-    "d_outputs d_final_states cu_seqlens dtype like edge B T H G HV".split()
+    "torch chunked scans packed pool triton tl Tensor inputs params scale states initial_states output_final_state saved outputs "
+    "final_states d_outputs d_final_states cu_seqlens dtype like edge B T H G HV".split()
 )
 
 
@@ -316,8 +316,13 @@ class _Printer:
             options += f', over="{s.solves[0].reads[0].attr("dim")}", solves={self.solves(s)}' if s.solves else ""
             self.line(f"edge = {edges[s.name]}")
             head = self.wide if back else s.head
-            made = [f"{_names(s.dims)}, {self.shape('B', head, s.dims)}, T", f"[{writes}]", self.decay(s), f"edge, like{options}"]
-            self.line(_call(f"{name} = chunked.State", made))
+            lead = f"{_names(s.dims)}, {self.shape('B', head, s.dims)}, T"
+            if s.peak:
+                self.line(f"{name} = scans.Peak({lead}, {self.shift(s)}, {self.text(s.writes[0].row)}, edge, like)")
+                continue
+            decay = self.text(s.decay[0]) if s.dense else self.decay(s)
+            made = [lead, f"[{writes}]", decay, f"edge, like{options}"]
+            self.line(_call(f"{name} = {'scans.Dense' if s.dense else 'chunked.State'}", made))
             for i, w in enumerate(s.writes):
                 for u in (x for x in (w.row, w.col) if x.op == "solved"):
                     solved = self.fresh(u.name)
@@ -330,8 +335,12 @@ class _Printer:
         reads = [(at[u.leaf], ", ".join(f'({self.text(r.args[0])}, "{r.attr("at")}")' for r in u.reads)) for u in s.solves]
         return "{" + ", ".join(f"{i}: [{text}]" for i, text in reads) + "}"
 
+    def shift(self, s: State) -> str:
+        """Prints what is added to a peak's past."""
+        return self.operand(s.decay[0], s.dims) if s.decay else "0.0"
+
     def decay(self, s: State) -> str:
-        rows = ", ".join(f'"{"".join(g.dims)}": {self.text(g)}' for g in s.decay)
+        rows = ", ".join(f'"{"".join(g.dims) if len(g.dims) < 2 else "*"}": {self.text(g)}' for g in s.decay)
         return f"{{{rows}}}"
 
     def one_token(self, s: State, index: int) -> None:
@@ -341,6 +350,10 @@ class _Printer:
         self.by_name[s.name] = s
         self.line(f'{past} = chunked.lift(states[{index}], 1, "{s.head}", {heads}, dtype)')
         self.faded[s.name] = past
+        if s.peak:
+            self.now[s.name] = self.fresh(f"{s.name}_now")
+            self.line(f"{self.now[s.name]} = torch.maximum({past} + {self.shift(s)}, {self.text(s.writes[0].row)})")
+            return
         if s.decay:
             faded = self.faded[s.name] = self.fresh(f"{s.name}_decayed")
             self.line(f"{faded} = chunked.decayed({past}, {_names(s.dims)}, {self.decay(s)})")
@@ -446,7 +459,8 @@ class _Printer:
             left, right = sorted(e.args, key=lambda x: x.dims)
             return f"{self.text(left, _ATOM)}[..., :, None] * {self.text(right, _ATOM)}[..., None, :]", _PRODUCT
         if e.op in ("sum", "mean", "rowmax"):
-            return f"{self.text(e.args[0], _ATOM)}.{e.op.replace('row', 'a')}(-1)", _ATOM
+            axis = e.args[0].dims.index(e.attr("dim")) - len(e.args[0].dims)
+            return f"{self.text(e.args[0], _ATOM)}.{e.op.replace('row', 'a')}({axis})", _ATOM
         if e.op == "softmax":
             return f"torch.softmax({a[0]}, -1)", _ATOM
         if e.op in ("l2norm", "rmsnorm"):

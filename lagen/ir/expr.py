@@ -240,6 +240,11 @@ def reduce(op: str, x: Expr) -> Expr:
     return Expr(op, (x,), head=x.head, token=x.token, attrs=(("dim", x.dims[0]),))
 
 
+def sum_over(x: Expr, dim: str) -> Expr:
+    """Makes the sum over one dim of a vector or a matrix."""
+    return Expr("sum", (x,), dims=tuple(d for d in x.dims if d != dim), head=x.head, token=x.token, attrs=(("dim", dim),))
+
+
 def row(op: str, x: Expr, eps: float = 0.0) -> Expr:
     """Makes softmax, l2norm or rmsnorm of a token's own vector; raises ExprTypeError."""
     assert op in ("softmax", "l2norm", "rmsnorm"), op
@@ -315,7 +320,7 @@ def rebuild(node: Expr, args: tuple[Expr, ...]) -> Expr:
     if node.op == "contract":
         return contract(*args)
     if node.op in ("sum", "mean", "rowmax"):
-        return reduce(node.op, args[0])
+        return reduce(node.op, args[0]) if not node.dims else sum_over(args[0], node.attr("dim"))
     if node.op in ("softmax", "l2norm", "rmsnorm"):
         return row(node.op, args[0], node.value)
     if node.op == "concat":
@@ -365,6 +370,9 @@ _INFIX = {"add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "div": ("/", 2)}
 _INFIX |= {"lt": ("<", 0), "le": ("<=", 0), "gt": (">", 0), "ge": (">=", 0), "eq": ("==", 0), "ne": ("!=", 0)}
 
 
+_MOMENTS = {"now": "t", "previous": "t-1"}
+
+
 def number(value: float) -> str:
     """Prints a number without a needless fraction."""
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
@@ -387,6 +395,8 @@ def show(e: Expr, names: dict[Expr, str] | None = None) -> str:
             return f"{x.name}[t-1]"
         if x.op == "now":
             return f"{x.name}[t]"
+        if x.op == "readout" and x.args[0] == ONE and x.attr("at") in _MOMENTS:
+            return f"{x.name}[{_MOMENTS[x.attr('at')]}]"
         if x.op in _INFIX:
             sign, prec = _INFIX[x.op]
             body = f"{text(x.args[0], prec)} {sign} {text(x.args[1], prec + 1)}"

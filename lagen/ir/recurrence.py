@@ -12,7 +12,11 @@
         at = since     r_t @ (R_t + sum_m row_m,t (x) col_m,t)   (reverse, inclusive; undecayed states only)
         at = all       r_t @ S_T                        (not causal: the sum over all tokens)
     A vector state contracts its one dim and leaves a number; with dim "" nothing is contracted and r (a number) multiplies the state.
+        A matrix state is read so only where its decay is dense: the gradient of such a decay is what decayed into the token times
+        what comes back to it, number by number.
     R_{t} for at = later is what tokens s > t wrote, in the coordinates of the end of token t.
+    peak state       m_t = max(m_{t-1} + a_t, b_t): linear in the max-plus sense, ``decay`` holds a and the one write b. Its reverse
+        state is linear as any other: what comes back goes to the past or to the write, whichever was the larger (passes/peaks).
 
     solve(u; base, reads)_t = base_t + sum of the reads, which are readouts of the state that writes u: a low-rank correction such as
         u_t = beta_t v_t - (beta_t k_t) @ (exp(g_t) * S_{t-1}), S_t = exp(g_t) * S_{t-1} + k_t (x) u_t (the delta rule). Reads are at
@@ -77,7 +81,10 @@ class Solve:
 
 @dataclass(frozen=True)
 class State:
-    """A linear state [B, head, *dims] in float32. ``decay`` holds log-decays <= 0, at most one per subset of the dims."""
+    """A linear state [B, head, *dims] in float32. ``decay`` holds log-decays <= 0, at most one per subset of the dims.
+
+    A decay on both dims of a matrix state is *dense*; no other stands beside it. Of a peak the decay may have any sign.
+    """
 
     name: str
     head: str
@@ -89,6 +96,12 @@ class State:
     init: float = 0.0
     of: str = ""  # of a reverse state: the forward state that it is the gradient of
     solves: tuple[Solve, ...] = ()  # all over one dim; what stands in writes as a solved leaf
+    peak: bool = False  # a running maximum: max(S[t-1] + decay, write)
+
+    @property
+    def dense(self) -> bool:
+        """Tells whether the decay has a number for every element of a matrix state."""
+        return any(len(g.dims) > 1 for g in self.decay)
 
     @property
     def operands(self) -> tuple[Expr, ...]:
@@ -107,6 +120,8 @@ class State:
 
     def __str__(self) -> str:
         step = "t+1" if self.reverse else "t-1"
+        if self.peak:
+            return f"{self.name}[t] = max({self.name}[t-1]{''.join(f' + {g}' for g in self.decay)}, {self.writes[0].row})"
         factor = " * ".join(f"exp({g})" for g in self.decay)
         terms = [f"{factor} * {self.name}[{step}]" if factor else f"{self.name}[{step}]"]
         for w in self.writes:
@@ -143,7 +158,9 @@ class Recurrence:
         seen: set[str] = set()
         for s in self.states:
             for g in s.decay:
-                assert set(g.dims) <= set(s.dims) and len(g.dims) < max(2, len(s.dims)), f"{s.name}: decay {g} on {g.dims}"
+                assert set(g.dims) <= set(s.dims), f"{s.name}: decay {g} on {g.dims}"
+                assert len(g.dims) < 2 or len(s.decay) == 1, f"{s.name}: a dense decay {g} beside another"
+            assert not s.peak or (len(s.dims) < 2 and len(s.writes) == 1), f"{s.name}: a peak is a number or a vector with one write"
             for w in s.writes:
                 for side, dim in ((w.row, s.dims[:1]), (w.col, s.dims[1:])):
                     assert side.dims == tuple(dim), f"{s.name}: write {side} on {side.dims}, wanted {dim}"

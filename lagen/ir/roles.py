@@ -44,7 +44,7 @@ def decays(line: StateLine) -> list[Expr]:
 
     if not line.peak:
         descend(line.expr, ())
-    return [f for f in found if not any(n.name == line.name for n in reads(f, "past"))]
+    return [f for f in found if not reads(f, "past", "now")]
 
 
 def gates(variant: Variant) -> tuple[Expr, ...]:
@@ -54,7 +54,8 @@ def gates(variant: Variant) -> tuple[Expr, ...]:
 
 def gate_inputs(variant: Variant) -> frozenset[str]:
     """Returns the names of the inputs that feed a decay: they stay in float32, whatever the dtype of the rest."""
-    return frozenset(n.name for f in gates(variant) for n in reads(f, "input"))
+    peaks = (line.expr for line in variant.states if line.peak)
+    return frozenset(n.name for f in (*gates(variant), *peaks) for n in reads(f, "input"))
 
 
 def keys(variant: Variant) -> frozenset[str]:

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from lagen.ir import expr as E
-from lagen.ir.bounds import Proof, facts_of, log_of, prove_nonpositive
-from lagen.ir.expr import ONE, Expr, ExprTypeError
+from lagen.ir.bounds import Proof, log_of, prove_nonpositive
+from lagen.ir.expr import ONE, Expr
 from lagen.ir.recurrence import Recurrence, State, Write
 from lagen.ir.variant import OutputLine, StateLine, Variant
 from lagen.passes.corrections import Correction, corrections, refuse_two_sides, solve, without_reads
-from lagen.passes.linear_form import Flat, Lines, Term, flat, product, split_scalar
+from lagen.passes.linear_form import Flat, Lines, Term, flat, product, product_of_all, split_scalar
 from lagen.passes.normal_form import UNIT, Algebra, Polynomial
+from lagen.passes.peaks import peak
 
 
 def canonicalise(variant: Variant) -> Recurrence:
@@ -51,14 +52,14 @@ def canonicalise(variant: Variant) -> Recurrence:
 
 def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]:
     if line.peak:
-        lines.not_yet("peak", f"'{line.name}' is a peak line (a running maximum)", line.expr)
-    terms = lines.expand(line.expr)
+        return peak(lines, line), ((), ()), ()
+    terms = tuple(lines.freed(t) for t in lines.expand(line.expr))
     past = [t for t in terms if t.state is not None and t.state.name == line.name]
     found: list[Correction] = []
     if any(_reads_own(line, t) for t in terms):
         if past:  # read again with the decay known, so that a read of the decayed past is known as one
             lines = Lines(lines.variant, lines.done, lines.decays | {line.name: _coefficient(lines, line, past)}, line)
-            terms = lines.expand(line.expr)
+            terms = tuple(lines.freed(t) for t in lines.expand(line.expr))
         found = [c for t in terms for c in corrections(lines, t)]
         refuse_two_sides(lines, found)
         terms = tuple(x for t in terms for x in without_reads(lines, t))
@@ -67,8 +68,6 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
         if t.state is not None and t.state.name != line.name:
             message = f"'{t}' puts the state {t.state} into {line.name} as a whole; read it by @ with a vector"
             lines.refuse("matrix-read", message, term=t.state)
-        for r in (r for f in (*t.factors, *t.over) for r in E.reads(f, "readout")):
-            lines.not_yet("stages", f"'{lines.respell(r)}' reads the state {r.name} in the line of the state {line.name}", r)
     decay, factor, proofs = _decay(lines, line, past)
     plain = _merged(lines.algebra, tuple(_write(lines, line, t) for t in writes)) if writes or not found else ()
     state = State(line.name, line.head, line.dims, decay, plain, causal=lines.variant.causal, init=line.init)
@@ -92,10 +91,9 @@ def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr,
     factors: dict[tuple[str, ...], Expr] = {}
     for dims in sorted({f.dims for f in up + down}, key=lambda d: (len(d), [line.dims.index(x) for x in d])):
         factors[dims] = product(tuple(f for f in up if f.dims == dims), tuple(f for f in down if f.dims == dims))
-        if len(dims) > 1:
-            message = f"the decay '{factors[dims]}' is on both dims of {line.name} and is not a product of one factor a dim"
-            lines.not_yet("dense-decay", message, factors[dims])
-    logs = {dims: log_of(f, facts_of(lines.variant)) for dims, f in factors.items()}
+    if any(len(dims) > 1 for dims in factors):
+        factors = {tuple(sorted(line.dims)): product_of_all(up, down)}
+    logs = {dims: log_of(f, lines.facts) for dims, f in factors.items()}
     proofs = {dims: _proof(lines, log) for dims, log in logs.items()}
     wider = next((dims for dims in logs if dims), ())
     if () in logs and wider and not all(p.holds for p in proofs.values()):  # one factor may make up for the other
@@ -111,7 +109,7 @@ def _decay(lines: Lines, line: StateLine, past: list[Term]) -> tuple[tuple[Expr,
 
 
 def _proof(lines: Lines, log: Expr) -> Proof:
-    return prove_nonpositive(log, facts_of(lines.variant), {e: n for n, e in lines.variant.names})
+    return prove_nonpositive(log, lines.facts, {e: n for n, e in lines.variant.names})
 
 
 def _forgets(lines: Lines, line: StateLine) -> NoReturn:
@@ -134,13 +132,11 @@ def _coefficient(lines: Lines, line: StateLine, past: list[Term]) -> Flat:
         return tuple(flats[0][0]), tuple(flats[0][1])
     common = [_shared([u for u, _ in flats]), _shared([d for _, d in flats])]
     rests = [(tuple(_without(u, common[0])), tuple(_without(d, common[1]))) for u, d in flats]
-    try:
-        total = _summed([product(u, d) for u, d in rests])
-    except ExprTypeError:
-        terms = " + ".join(str(t) for t in past)
-        lines.not_yet(
-            "dense-decay", f"the decay in '{terms}' is on both dims of {line.name} and is not a product of one factor a dim", past[-1]
-        )
+    parts = [product_of_all(u, d) for u, d in rests]
+    spanned = tuple(sorted({d for p in parts for d in p.dims}))
+    if all(p.dims != spanned for p in parts):  # a factor on each dim, added: a number for every element
+        parts[0] = E.expand(parts[0], spanned)
+    total = _summed(parts)
     known = lines.algebra.of(total)
     if not known:
         _forgets(lines, line)
@@ -216,9 +212,4 @@ def _merged(algebra: Algebra, writes: tuple[Write, ...]) -> tuple[Write, ...]:
 def _output(lines: Lines, line: OutputLine) -> Expr:
     if len(line.expr.dims) > 1:
         lines.refuse("matrix-output", f"output {line.name} has both dims of a matrix; an output is a vector or a number", term=line.expr)
-    value = lines.value(line.expr)
-    if lines.variant.causal:
-        for r in E.reads(value, "readout"):
-            if E.reads(r.args[0], "readout"):
-                lines.not_yet("stages", f"'{lines.respell(r)}' reads {r.name} by a vector that another state's readout makes", r)
-    return value
+    return lines.value(line.expr)

@@ -18,6 +18,8 @@ from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, readout, solved
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.variant import Tensor
+from lagen.passes.peaks import shares
+from lagen.passes.stages import staged
 
 _CONSTANT = ("const", "size", "scale")
 
@@ -53,6 +55,8 @@ def _total(d: Expr, x: Expr) -> Expr:
     missing = [dim for dim in d.dims if dim not in x.dims]
     if not missing:
         return d
+    if len(d.dims) == 2:
+        return _total(_without(d, missing[0]), x)
     assert len(missing) == 1 and len(d.dims) == 1, f"broadcast of {x.dims} to {d.dims}"
     if d.op == "mul" and all(a.dims == d.dims for a in d.args):
         return E.contract(*d.args)
@@ -64,6 +68,24 @@ def _total(d: Expr, x: Expr) -> Expr:
     if d.op == "div" and not d.args[1].dims:
         return E.div(_total(d.args[0], x), d.args[1])
     return E.reduce("sum", d)
+
+
+def _without(d: Expr, dim: str) -> Expr:
+    """Sums a matrix over one of its dims: factors without the dim come out, a vector on it is contracted."""
+    if d.op == "neg":
+        return E.neg(_without(d.args[0], dim))
+    if d.op in ("add", "sub") and all(a.dims == d.dims for a in d.args):
+        return (E.add if d.op == "add" else E.sub)(*(_without(a, dim) for a in d.args))
+    if d.op == "mul":
+        narrow, wide = sorted(d.args, key=lambda a: len(a.dims))
+        if dim not in narrow.dims:
+            return E.mul(narrow, _without(wide, dim))
+        if narrow.dims == (dim,):
+            return E.contract(wide, narrow)
+    if d.op == "outer":
+        kept, gone = sorted(d.args, key=lambda a: dim in a.dims)
+        return E.mul(E.reduce("sum", gone), kept)
+    return E.sum_over(d, dim)
 
 
 Rule = Callable[[Expr, Expr], tuple[Expr | None, ...]]
@@ -93,6 +115,7 @@ def _contraction(d: Expr, y: Expr) -> tuple[Expr | None, ...]:
 RULES: dict[str, Rule] = {
     "pow": lambda d, y: (E.mul(d, E.const(y.value), E.power(y.args[0], y.value - 1)),),
     "contract": _contraction,
+    "outer": lambda d, y: (E.contract(d, y.args[1]), E.contract(d, y.args[0])),
     "sum": lambda d, y: (E.expand(d, y.args[0].dims),),
     "mean": lambda d, y: (E.expand(E.div(d, E.size(y.attr("dim"))), y.args[0].dims),),
     "rowmax": _rowmax,
@@ -110,7 +133,10 @@ RULES: dict[str, Rule] = {
 
 @dataclass
 class _Gate:
-    """What a log-decay's gradient is made of so far: strict terms of reads and writes, and the states it decays."""
+    """What a log-decay's gradient is made of so far: strict terms of reads and writes, and the states it decays.
+
+    States that stand in stages are swept apart, and have a gate each.
+    """
 
     reads: Expr = E.ZERO
     writes: Expr = E.ZERO
@@ -129,7 +155,8 @@ class _Tape:
         }
         self.cotangent: dict[Expr, Expr] = {}
         self.readouts: dict[str, list[tuple[Expr, Expr]]] = {s: [] for s in self.states}
-        self.gates: dict[Expr, _Gate] = {}
+        self.gates: dict[Expr, dict[str, _Gate]] = {}
+        self.staged = staged(recurrence)
         self.reverse: list[State] = []
 
     def order(self, roots: list[Expr]) -> list[Expr]:
@@ -160,8 +187,8 @@ class _Tape:
         if node.op == "state":
             self.transpose(self.states[node.name])
             return
-        if node in self.gates:
-            self.add(node, self.suffix(node))
+        for gate in self.gates.pop(node, {}).values():
+            self.add(node, self.suffix(node, gate))
         d = self.cotangent.get(node)
         if d is None or not node.args:
             return
@@ -183,9 +210,8 @@ class _Tape:
                 )
                 self.reverse[i] = replace(back, solves=solves)
 
-    def suffix(self, g: Expr) -> Expr:
+    def suffix(self, g: Expr, gate: _Gate) -> Expr:
         """Makes the gradient of a log-decay from its reads and writes."""
-        gate = self.gates.pop(g)
         head = "HV" if any(self.states[s].head == "HV" for s in gate.states) else self.states[gate.states[0]].head
         attrs: tuple[tuple[str, str], ...] = (("states", " ".join(gate.states)),)
         if gate.backs != [f"d{s}" for s in gate.states]:
@@ -205,13 +231,27 @@ class _Tape:
     def transpose(self, state: State) -> None:
         """Makes the reverse state and gives writes and decays their cotangents."""
         reads = self.readouts[state.name]
+        share, decay = shares(state) if state.peak else (E.ONE, E.ZERO)
         writes = tuple(
             Write(*((n.args[0], d) if _on_row(state, n) else (d, n.args[0])), decayed=n.attr("at") != "previous") for n, d in reads
         )
         back = State(
-            f"d{state.name}", state.head, state.dims, state.decay, writes, reverse=state.causal, causal=state.causal, of=state.name
+            f"d{state.name}",
+            state.head,
+            state.dims,
+            (decay,) if state.peak else state.decay,
+            writes,
+            reverse=state.causal,
+            causal=state.causal,
+            of=state.name,
         )
         self.reverse.append(back)
+        if state.peak:
+            total = self.returning(back)
+            for g in state.decay:
+                self.add(g, E.mul(total, share))
+            self.add(state.writes[0].row, E.mul(total, E.sub(E.ONE, share)))
+            return
         inclusive = all(n.attr("at") == "now" for n, _ in reads) and not state.decay
         at = "all" if not state.causal else "since" if inclusive else "later"
         a, b = (*state.dims, "", "")[:2]
@@ -223,16 +263,28 @@ class _Tape:
                     self.add(w.row, E.mul(pair(back_write.col, w.col), back_write.row))
                     self.add(w.col, E.mul(pair(back_write.row, w.row), back_write.col))
         for g in state.decay:
-            self.fade(state, back, g)
+            if all(n.op not in ("input", "param", "readout") for n in E.walk(g)):
+                continue  # a decay made of constants takes no gradient
+            if set(g.dims) == set(state.dims) and not self.wider(g, state):
+                self.add(g, E.mul(readout(state, E.ONE, "", "decayed"), self.returning(back)))
+            else:
+                self.fade(state, back, g)
+
+    def wider(self, g: Expr, state: State) -> bool:
+        """Tells whether a log-decay also decays a state that has more dims: then one sum serves them all."""
+        return any(g in s.decay and len(s.dims) > len(state.dims) for s in self.states.values())
+
+    def returning(self, back: State) -> Expr:
+        """Makes all that comes back to a token's state, number by number: from the tokens after, and from its own reads."""
+        own = [E.mul(E.outer(w.row, w.col) if w.row.dims and w.col.dims else E.mul(w.row, w.col)) for w in back.writes if w.decayed]
+        return E.add(readout(back, E.ONE, "", "later"), *own)
 
     def fade(self, state: State, back: State, g: Expr) -> None:
         """Gives a log-decay its strict terms: of reads from the state, of writes from the reverse state of the same pairs.
 
         An exclusive read of the token after is an inclusive one of this token: so taken, no pair stands in both kinds of terms that
-        the decay is never between. A decay made of constants takes no gradient.
+        the decay is never between.
         """
-        if all(n.op not in ("input", "param", "readout") for n in E.walk(g)):
-            return
         exclusive = [n for n, _ in self.readouts[state.name] if n.attr("at") == "previous"]
         reads = [
             (n, E.lead(n.args[0]), E.mul(E.FOLLOWS, E.lead(d))) if n in exclusive else (n, n.args[0], d)
@@ -243,7 +295,7 @@ class _Tape:
             back = replace(back, name=f"{back.name}_lead", writes=writes)
             if back not in self.reverse:
                 self.reverse.append(back)
-        gate = self.gates.setdefault(g, _Gate())
+        gate = self.gates.setdefault(g, {}).setdefault(state.name if self.staged else "", _Gate())
         gate.states.append(state.name)
         gate.backs.append(back.name)
         for n, vector, d in reads:

@@ -37,7 +37,7 @@ def _lines(r: Recurrence) -> Iterator[str]:
     yield from (_tensor("param", t) for t in r.params)
     yield from (f"size {dim} {text(algebra.of(e))}" for dim, e in sorted(r.sizes, key=lambda s: s[0]))
     for s in r.states:
-        yield f"state {s.name} {s.head} {s.dims} {s.causal} {s.init!r}"
+        yield f"state {s.name} {s.head} {s.dims} {s.causal} {s.init!r}" + (" peak" if s.peak else "")
         yield f"decay {text(algebra.decay(s))}"
         yield f"writes {text(algebra.writes(s))}"
     for (name, e), dims in zip(r.outputs, r.output_dims, strict=True):

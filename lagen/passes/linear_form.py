@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from lagen.ir import expr as E
+from lagen.ir.bounds import facts_of
 from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import State, readout
 from lagen.ir.variant import OutputLine, StateLine, Variant
@@ -59,6 +60,15 @@ def product(factors: tuple[Expr, ...], over: tuple[Expr, ...] = ()) -> Expr:
     return E.div(total, E.mul(*sorted(over, key=lambda f: len(f.dims)))) if over else total
 
 
+def product_of_all(factors: tuple[Expr, ...], over: tuple[Expr, ...] = ()) -> Expr:
+    """Multiplies factors of any dims: vectors of different dims become a matrix."""
+    by_dims = {f.dims: None for f in sorted((*factors, *over), key=lambda f: (len(f.dims), f.dims))}
+    parts = [product(tuple(f for f in factors if f.dims == d), tuple(f for f in over if f.dims == d)) for d in by_dims]
+    vectors = [p for p in parts if len(p.dims) == 1]
+    matrices = [E.outer(*vectors)] if len(vectors) > 1 else vectors
+    return E.mul(*(p for p in parts if not p.dims), *matrices, *(p for p in parts if len(p.dims) > 1))
+
+
 def flat(x: Expr) -> Flat:
     """Splits a product into factors and divisors, through mul, div, neg and outer, and no further."""
     if x.op == "neg":
@@ -96,6 +106,7 @@ class Lines:
         self.own = line.name if isinstance(line, StateLine) else ""
         self.decays = decays  # each state's decay as it was read off, to know the decayed past again
         self.algebra = Algebra(done.values())
+        self._facts: tuple[Expr, ...] | None = None
         self._open: dict[Expr, frozenset[Expr]] = {}
         self._values: dict[Expr, Expr] = {}
         self._reading: dict[Expr, bool] = {}
@@ -144,6 +155,16 @@ class Lines:
 
         return E.rewrite(x, rule)
 
+    # ---- what is known ----
+
+    @property
+    def facts(self) -> tuple[Expr, ...]:
+        """Returns what may be assumed here: the spec's assumptions, and of every peak above that it is the larger."""
+        if self._facts is None:
+            known = [f for f in facts_of(self.variant) if {n.name for n in E.reads(f, "past", "now")} <= set(self.done)]
+            self._facts = tuple(self.value(f) if E.reads(f, "past", "now") else f for f in known)
+        return self._facts
+
     # ---- what stands open ----
 
     def open_leaves(self, x: Expr) -> frozenset[Expr]:
@@ -190,11 +211,23 @@ class Lines:
             return self._where(x)
         if x.op in ("contract", "sum", "mean"):
             return self._contract(x)
-        if self.open_leaves(x):
+        if not self._free_leaves(x):
             self._nonlinear(x)
         return (Term((self.value(x),)),)
 
+    def _free_leaves(self, x: Expr) -> bool:
+        """Tells whether all that is open in ``x`` are vector states above, which are read freely."""
+        return self.variant.causal and all(len(leaf.dims) < 2 and leaf.name != self.own for leaf in self.open_leaves(x))
+
+    def freed(self, t: Term) -> Term:
+        """Makes a vector state that a term has as a whole a factor of it."""
+        if t.state is None or t.state.name == self.own or len(t.state.dims) > 1:
+            return t
+        return Term((*t.factors, self._free(t.state)), t.over)
+
     def _times(self, a: Term, b: Term, whole: Expr) -> Term:
+        if a.state is not None and b.state is not None:
+            a, b = self.freed(a), self.freed(b)
         if a.state is not None and b.state is not None:
             self.refuse(
                 "nonlinear-state",
@@ -214,7 +247,7 @@ class Lines:
         return tuple(Term(t.factors, t.over + (value,), t.state) for t in self.expand(x.args[0]))
 
     def _where(self, x: Expr) -> tuple[Term, ...]:
-        if self.open_leaves(x.args[0]):
+        if not self._free_leaves(x.args[0]):
             self._nonlinear(x)
         cond = self.value(x.args[0])
         yes, no = E.call("where", cond, ONE, E.ZERO), E.call("where", cond, E.ZERO, ONE)
@@ -256,8 +289,8 @@ class Lines:
             left, right = right, self.value(left)
         else:
             right = self.value(right)
-        if len(right.dims) > 1:
-            self.not_yet("vector-read", f"'{x}' reads a vector state freely (through a matrix)", x)
+        if len(right.dims) > 1:  # a vector state through a matrix of the token, or a param
+            return (Term((E.contract(self.value(left), right),)),)
         return tuple(self._close(t, right, dim, divide) for t in self._whole(self.expand(left)))
 
     def _whole(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -306,7 +339,7 @@ class Lines:
         s, vector = split_scalar(vector)
         vector = E.expand(vector, (dim,))  # a plain sum is a read by a vector of ones
         state = self.done.get(t.state.name) or self._shell(t.state)
-        read = readout(state, vector, dim, at)
+        read = self._dot(vector, self._free(t.state)) if state.peak else readout(state, vector, dim, at)
         rest = tuple(f for f in factors if dim not in f.dims)
         return Term(tuple(f for f in (*rest, s, read) if f != ONE), tuple(f for f in over if dim not in f.dims) + divide)
 
@@ -376,8 +409,6 @@ class Lines:
             self.refuse(
                 "matrix-read", f"{leaf} is a matrix state: it is read by @ with a vector, as in q @ {leaf}", f"q @ {leaf}", term=leaf
             )
-        if leaf.dims and self.variant.causal:
-            self.not_yet("vector-read", f"{leaf}, a vector state read freely (not contracted with a vector), is a later family", leaf)
         state = self.done.get(leaf.name) or self._shell(leaf)
         at = ("now" if self.variant.causal else "all") if leaf.op == "now" else "previous"
         return readout(state, ONE, "", at)

@@ -218,6 +218,9 @@ class Algebra:
 
     def read(self, state: State, vector: Polynomial, dim: str, at: str) -> Polynomial:
         """Returns a read of a state over ``dim`` as reads of its past ("all": of its sum), linear in the vector."""
+        if state.peak and at == "now":
+            most = sorted((text(add(self.atom(f"read {state.name} previous", state.dims), self.decay(state))), text(self.writes(state))))
+            return self.mul(vector, self.atom(f"max({', '.join(most)})", state.dims))
         if at == "decayed":
             return self.read(state, self.mul(vector, self.exp(self.decay(state))), dim, "previous")
         if at == "now":

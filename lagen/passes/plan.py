@@ -24,6 +24,7 @@ from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.simplify import factor, simplify
+from lagen.passes.stages import unswept
 from lagen.passes.whole_decay import load, others, stored, take_out
 
 ROWS = ("contract", "sum", "mean", "rowmax")
@@ -34,9 +35,9 @@ Key = tuple[bool, str]
 
 
 def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
-    """Plans forward, backward and step of ``recurrence``."""
-    for u in (u for s in recurrence.states for u in s.solves):
-        raise NotImplementedError(f"no Triton form for a correction yet: {u}")
+    """Plans forward, backward and step of ``recurrence``; raises NotImplementedError for what no sweep carries."""
+    if missing := unswept(recurrence):
+        raise NotImplementedError(missing)
     head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
     # each head sums its own share of a gradient over all tokens; what the sum gives is added up over the heads at the end
     adjoint = replace(adjoint, states=tuple(s if s.causal else replace(s, head=head) for s in adjoint.states))

@@ -183,7 +183,10 @@ def decayed(state: Tensor, dims: tuple[str, ...], decay: Mapping[str, Value]) ->
     """Computes exp(g) * S of one token; ``decay`` as in State."""
     for dim, g in decay.items():
         factor = constant(g, state).clamp(FLOOR, 0.0).exp()
-        state = state * _spread(factor, dims, dim)
+        if dim == "*":  # a number for every element, its dims in order of their names
+            state = state * (factor if list(dims) == sorted(dims) else factor.transpose(-1, -2))
+        else:
+            state = state * _spread(factor, dims, dim)
     return state
 
 
