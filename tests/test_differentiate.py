@@ -183,6 +183,7 @@ MAPS = {
     "taylor2": "taylor2(x) -> F",
     "quad": "quad(x) -> F",
     "contract": "x @ W",
+    "outer": "x @ tanh(outer(x, x @ W))",
     "rowmax": "x - max(x)",
     "sum": "x * sum(x * x)",
     "mean": "x - mean(x)",

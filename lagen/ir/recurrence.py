@@ -170,9 +170,10 @@ class Recurrence:
             for r in (n for e in s.operands for n in reads(e, "readout")):
                 assert r.name in seen, f"{s.name} reads {r.name} before it is done"
             seen.add(s.name)
-        for _, e in self.outputs:
+        for name, e in self.outputs:
+            assert len(e.dims) < 2, f"{name} = {e} has both dims of a matrix"
             for n in walk(e):
-                assert n.op not in ("past", "now", "outer"), f"not canonical: {n}"
+                assert n.op not in ("past", "now"), f"not canonical: {n}"
                 assert n.op != "readout" or n.attr("at") in READS, n
 
     def __str__(self) -> str:
