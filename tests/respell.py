@@ -47,6 +47,9 @@ def _decayed(s: State, states: dict[str, State]) -> Expr:
 
 
 def _line(s: State, states: dict[str, State]) -> Expr:
+    if s.peak:
+        past = E.add(_leaf("past", s), *(_tokenwise(g, states) for g in s.decay))
+        return E.call("max", past, _tokenwise(s.writes[0].row, states))
     terms = [_decayed(s, states)] if s.causal else []
     for w in s.writes:
         row, col = _tokenwise(w.row, states), _tokenwise(w.col, states)

@@ -21,7 +21,7 @@ from lagen.passes.refusal import NotYet, Refused
 from lagen.spec import SpecErrors, read, read_text
 from lagen.verify.oracle import measure, oracle
 
-SIZES = {"B": 2, "T": 6, "H": 2, "HV": 4, "K": 5, "V": 3, "M": 4, "E": 4, "N": 3}
+SIZES = {"B": 2, "T": 6, "H": 2, "HV": 4, "K": 5, "V": 3, "M": 4, "E": 4, "N": 3, "D": 3}
 
 HEADER = """\
 name: {name}
