@@ -17,7 +17,7 @@ from lagen.ir.recurrence import Recurrence
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.digest import digest, identity
-from lagen.passes.refusal import NotYet, Refused
+from lagen.passes.refusal import Refused
 from lagen.spec import SpecErrors, read, read_text
 from lagen.verify.oracle import measure, oracle
 
@@ -77,8 +77,7 @@ SPELLINGS: dict[str, list[tuple[str, str]]] = {
     "two corrections": [
         ("_R: exp(g) * S[t-1]\n_P: _R + beta * outer(k, v - k @ _R)\nS: _P + c * outer(k2, v2 - k2 @ _P)\no: q @ S[t]", ""),
         (
-            "_R: exp(g) * S[t-1]\n_e: beta * (v - k @ _R)\n"
-            "S: _R + outer(k, _e) + c * outer(k2, v2 - k2 @ _R - (k2 @ k) * _e)\no: q @ S[t]",
+            "_R: exp(g) * S[t-1]\n_e: beta * (v - k @ _R)\nS: _R + outer(k, _e) + c * outer(k2, v2 - k2 @ _R - (k2 @ k) * _e)\no: q @ S[t]",
             "",
         ),
     ],
@@ -277,10 +276,10 @@ REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
     "number of the past": ("S: S[t-1] + outer(k, (k @ S[t-1] @ v) * v)\no: q @ S[t]", "nonlinear-state", "v @ (k @ S[t-1])", Refused),
     "wide factor": ("S: S[t-1] + outer(k, gv * (v - k @ S[t-1]))\no: q @ S[t]", "nonlinear-state", "'gv' has the dim V", Refused),
     "undecayed": ("S: exp(gv) * S[t-1] + outer(k, v - k @ S[t-1])\no: q @ S[t]", "nonlinear-state", "reads the undecayed past", Refused),
-    "dense": ("S: exp(outer(gk, -gv)) * S[t-1] + outer(k, v)\no: q @ S[t]", "not-yet", "exp(outer(gk, -gv))", NotYet),
-    "dense sum": ("S: exp(gk) * S[t-1] - exp(gv) * S[t-1] + outer(k, v)\no: q @ S[t]", "not-yet", "S", NotYet),
+    "dense": ("S: exp(outer(gk, gv)) * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "exp(outer(gk, gv))", Refused),
+    "dense delta": ("S: exp(-exp(outer(k, v))) * S[t-1] + outer(k, v - k @ S[t-1])\no: q @ S[t]", "nonlinear-state", "k @ S[t-1]", Refused),
+    "dense sum": ("S: exp(gk) * S[t-1] - exp(gv) * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "S", Refused),
     "not an outer product": ("S: exp(g) * S[t-1] + tanh(outer(k, v))\no: q @ S[t]", "not-an-outer", "tanh(outer(k, v))", Refused),
-    "free vector": ("z: exp(gk) * z[t-1] + k\no: z[t] * q", "not-yet", "z[t]", NotYet),
     "matrix through tanh": ("S: exp(g) * S[t-1] + outer(k, v)\no: q @ tanh(S[t])", "matrix-read", "tanh(S[t])", Refused),
     "too many terms": (
         "S: exp(g) * S[t-1] + " + " * ".join(["(outer(k, v) + outer(k2, v2))"] * 30) + "\no: q @ S[t]",
@@ -288,13 +287,11 @@ REFUSALS: dict[str, tuple[str, str, str, type[Refused]]] = {
         "more than 1024 terms",
         Refused,
     ),
-    "stages": ("A: exp(g) * A[t-1] + outer(k, v)\nS: S[t-1] + outer(k, q @ A[t])\no: q @ S[t]", "not-yet", "q @ A[t]", NotYet),
     "growth": ("S: exp(c) * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "add `- c <= 0` to assume", Refused),
     "no past at the end": ("S: S[t-1] - S[t-1] + outer(k, v)\no: q @ S[t]", "no-past", "S", Refused),
     "negative decay": ("S: outer(k, v) - S[t-1]\no: q @ S[t]", "decay-grows", "S", Refused),
     "unproved complement": ("S: S[t-1] - c * S[t-1] + outer(k, v)\no: q @ S[t]", "decay-grows", "1 - c", Refused),
     "no past": ("S: 0 * S[t-1] + outer(k, v)\no: q @ S[t]", "no-past", "S", Refused),
-    "peak": ("m: max(m[t-1] + g, c)\no: m[t] * q", "not-yet", "m", NotYet),
 }
 
 

@@ -181,7 +181,7 @@ ELSEWHERE = {
     "file-too-large": "test_large_files_are_refused_unread",
     "not-utf8": "test_bytes_that_are_no_text",
     **dict.fromkeys(("denominator", "domain", "write-weight", "delta-gain"), "test_warnings"),
-    **dict.fromkeys(("decay-grows", "not-yet", "not-an-outer"), "tests of passes/canonicalise"),
+    **dict.fromkeys(("decay-grows", "not-an-outer"), "tests of passes/canonicalise"),
 }
 
 

@@ -1,7 +1,7 @@
 """Canonicalise: from the lines a person wrote to the canonical recurrence (ir/recurrence.py).
 
 Every state line is expanded as a linear form in its own past; its decay is the past's coefficient, its writes are the rest. Every
-output is lowered to a token-wise expression over readouts. A legal line of a later family raises NotYet, an illegal one Refused.
+output is lowered to a token-wise expression over readouts. An illegal line raises Refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lagen.passes.peaks import peak
 
 
 def canonicalise(variant: Variant) -> Recurrence:
-    """This function returns the canonical recurrence of ``variant``; raises Refused and NotYet (passes/refusal)."""
+    """This function returns the canonical recurrence of ``variant``; raises Refused (passes/refusal)."""
     done: dict[str, State] = {}
     decays: dict[str, Flat] = {}
     proofs: list[str] = []
@@ -69,6 +69,9 @@ def _state(lines: Lines, line: StateLine) -> tuple[State, Flat, tuple[str, ...]]
             message = f"'{t}' puts the state {t.state} into {line.name} as a whole; read it by @ with a vector"
             lines.refuse("matrix-read", message, term=t.state)
     decay, factor, proofs = _decay(lines, line, past)
+    if found and any(len(g.dims) > 1 for g in decay):
+        message = f"{line.name} is corrected under a decay for every element"
+        lines.refuse("nonlinear-state", message, "a delta rule's decay is a product of one factor a dim", found[0].read)
     plain = _merged(lines.algebra, tuple(_write(lines, line, t) for t in writes)) if writes or not found else ()
     state = State(line.name, line.head, line.dims, decay, plain, causal=lines.variant.causal, init=line.init)
     return solve(lines, state, found), factor, proofs

@@ -17,7 +17,7 @@ from lagen.ir.expr import ONE, Expr, ExprTypeError
 from lagen.ir.recurrence import State, readout
 from lagen.ir.variant import OutputLine, StateLine, Variant
 from lagen.passes.normal_form import UNIT, ZERO, Algebra, Polynomial, add
-from lagen.passes.refusal import NotYet, Refused
+from lagen.passes.refusal import Refused
 
 Flat = tuple[tuple[Expr, ...], tuple[Expr, ...]]
 """Factors and divisors of a product."""
@@ -116,10 +116,6 @@ class Lines:
     def refuse(self, code: str, message: str, help: str = "", term: Expr | Term | None = None) -> NoReturn:
         """Raises Refused at this line, underlining ``term``."""
         raise Refused.at(self.variant, self.line, code, message, help, self._one(term))
-
-    def not_yet(self, family: str, message: str, term: Expr | Term | None = None) -> NoReturn:
-        """Raises NotYet at this line: the spec is legal, its family is a later one."""
-        raise NotYet.at(self.variant, self.line, "not-yet", message, f"{family}: a later family of the compiler", self._one(term))
 
     def _one(self, term: Expr | Term | None) -> Expr | None:
         """Returns the expression of a term that is one factor or one state."""

@@ -49,15 +49,6 @@ class Refused(SpecErrors):
         return type(self), (self.mistakes, self.source, self.path)
 
 
-class NotYet(Refused):
-    """A legal spec of a family that this version does not compile. ``family``: correction, dense-decay, peak, stages, vector-read."""
-
-    @property
-    def family(self) -> str:
-        """Returns the family's name, the first word of the help."""
-        return self.help.split(":")[0]
-
-
 def place(variant: Variant, line: Line, term: Expr | None) -> Span:
     """Returns the place of ``term`` in a line, that of the line where it does not stand there as it is."""
     if term is None or not variant.source:

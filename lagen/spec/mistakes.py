@@ -67,7 +67,6 @@ CODES: dict[str, str] = {
     "abbreviation": "rule 5: an underscore line is put in where it is used",
     "peak": "rule 7: a peak line is max(m[t-1] + a, b)",
     "out-of-reach": "rule 8: not expressible as linear recurrences",
-    "not-yet": "in the language, not yet in the compiler",
     # warnings (rule 6)
     "denominator": "rule 6: a denominator may be 0",
     "domain": "rule 6: log, sqrt, rsqrt or a power of what may be negative",
