@@ -15,7 +15,7 @@ from lagen.runtime.build import generate
 from lagen.spec import read
 
 NAMES = tuple(path.stem for path in data.specs())
-SIBLINGS = {"_operator", "_choice", "_chunked", "_packed", "_pool", "_scans", "_cpp", "_dispatch", "_signature"}
+SIBLINGS = {"_operator", "_choice", "_chunked", "_packed", "_pool", "_vmapped", "_scans", "_cpp", "_dispatch", "_signature"}
 LONGEST = 280  # a masked load of a matrix state stays on its line
 
 PROGRAM = """

@@ -20,11 +20,12 @@ from lagen.emit.torch import render_torch
 from lagen.emit.triton import render_triton
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Adjoint, Recurrence
+from lagen.ir.roles import gate_inputs
 from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import identity
 from lagen.targets.tuned import Entry
 
-SUPPORT = ("choice", "signature", "packed", "pool", "dispatch", "operator", "chunked", "scans", "cpp")
+SUPPORT = ("choice", "signature", "packed", "pool", "vmapped", "dispatch", "operator", "chunked", "scans", "cpp")
 """The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
 
 PRINTED = ("cpp", "triton")
@@ -81,7 +82,7 @@ def render(
         "torch_step": step,
         "source": _block(variant.source),
         "groups": [
-            ("inputs", [_argument(t) for t in variant.inputs]),
+            ("inputs", [_argument(t, t.name in gate_inputs(variant)) for t in variant.inputs]),
             ("params", [_argument(t) for t in variant.params]),
             ("states", [_argument(s) for s in variant.states] if variant.causal else []),
             ("outputs", [_argument(o) for o in variant.outputs]),
@@ -140,10 +141,10 @@ def kernels_of(recurrence: Recurrence, adjoint: Adjoint) -> str | Fallback:
         return Fallback(str(missing))
 
 
-def _argument(t: Tensor | StateLine | OutputLine) -> str:
+def _argument(t: Tensor | StateLine | OutputLine, gate: bool = False) -> str:
     dims = ", ".join(f'"{d}"' for d in t.dims) + ("," if len(t.dims) == 1 else "")
     init = f", init={t.init!r}" if isinstance(t, StateLine) and t.init else ""
-    return f'Argument("{t.name}", "{t.head}", ({dims}){init})'
+    return f'Argument("{t.name}", "{t.head}", ({dims}){init}{", gate=True" if gate else ""})'
 
 
 def _block(text: str) -> str:

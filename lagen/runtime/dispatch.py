@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ from torch.autograd.function import FunctionCtx
 from lagen.runtime.packed import check_bounds
 from lagen.runtime.pool import check_apart, check_slots
 from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors
+from lagen.runtime.vmapped import each, joined
 
 Flat = Tensor | Tensors  # an operator with one result returns it bare
 ORDER = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 """Which backends serve a device, the preferred one first; any other device runs on torch."""
+
+AUTOCAST = ("AutocastCPU", "AutocastCUDA")
+WITHOUT = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,10 @@ class Dispatch:
             for key in ("CPU", "CUDA"):
                 library.impl(name, run, key)
             torch.library.register_fake(f"lagen::{name}", fake, lib=library)
+            call = getattr(torch.ops.lagen, name).default
+            for key in AUTOCAST:
+                library.impl(name, partial(self._narrow, call), key)
+            torch.library.register_vmap(f"lagen::{name}", partial(self._map, call), lib=library)
 
         define(base, [*given, *initial, *settings], self.made + self.saves, self._forward, self._fake_forward)
         torch.library.register_autograd(f"lagen::{base}", self._derive, setup_context=self._remember, lib=library)
@@ -139,6 +148,34 @@ class Dispatch:
             define(
                 f"{base}_step", [*given, *written, "Tensor? slots", "float scale", "str backend"], self.outputs, self._step, self._fake_step
             )
+
+    def _narrow(self, call: Callable[..., Flat], *args: Any) -> Flat:
+        """Calls under autocast: inputs in its dtype, but what feeds a decay, params and states; inside, nothing is cast."""
+        inputs, rest = args[: len(self.spec.inputs)], args[len(self.spec.inputs) :]
+        if not any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+            dtype = torch.get_autocast_dtype(inputs[0].device.type)
+            inputs = tuple(x if a.gate else x.to(dtype) for a, x in zip(self.spec.inputs, inputs, strict=True))
+        with torch._C._ExcludeDispatchKeyGuard(WITHOUT):
+            return call(*inputs, *rest)
+
+    def _map(self, call: Callable[..., Flat], info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """Calls under torch.vmap."""
+
+        def flat(*given: Any) -> Tensors:
+            return as_tuple(call(*given))
+
+        n, first = len(self.spec.inputs), len(self.spec.inputs) + len(self.spec.params)
+        alone = any(d is not None for d in in_dims[n:first]) or len(args) != self.given + 3 or args[self.given - 2] is not None
+        if alone or self.pick(args[-1], args[:n]).saves or not info.batch_size:
+            made, out_dims = each(flat, info.batch_size, in_dims, args)
+        else:  # the forward, of tokens and states alone
+            order = [*range(n), *range(first, first + self.states)]
+
+            def reordered(*given: Any) -> Tensors:
+                return flat(*given[:n], *args[n:first], *given[n:], *args[first + self.states :])
+
+            made, out_dims = joined(reordered, info.batch_size, [in_dims[i] for i in order], [args[i] for i in order], len(order))
+        return (made, out_dims) if len(made) != 1 else (made[0], out_dims[0])
 
     # -- forward --
 

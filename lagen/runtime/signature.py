@@ -27,6 +27,7 @@ class Argument:
     head: str  # "", "H" or "HV"
     dims: tuple[str, ...]
     init: float = 0.0  # of a state: its value before the first token
+    gate: bool = False  # of an input: it feeds a decay, and stays in float32 under autocast
 
     def shape(self, *lead: str) -> tuple[str, ...]:
         """Returns the names of all dims, ``lead`` in front."""
