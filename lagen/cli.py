@@ -18,6 +18,7 @@ import click
 
 import lagen
 from lagen import data
+from lagen.cli_tuned import tuned
 
 if TYPE_CHECKING:
     from lagen.ir.variant import Variant
@@ -56,6 +57,9 @@ def main() -> None:
 
     SPEC is the path of a YAML file, or the name of a shipped spec (`lagen list`).
     """
+
+
+main.add_command(tuned)
 
 
 def _path(text: str) -> Path:
@@ -203,6 +207,15 @@ def explain(path: Path, stage: str, strict: bool) -> None:
     click.echo(describe(_read(path, strict), stage))
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+def targets(as_json: bool) -> None:
+    """List the devices that kernels can be compiled for, with their numbers and where those come from."""
+    from lagen.cli_targets import show
+
+    show(as_json)
+
+
 @main.command("compile")
 @_specs()
 @click.option("--target", "targets", multiple=True, default=["cuda:90"], show_default=True, help="cuda:80, hip:gfx942, ...; may repeat.")
@@ -217,9 +230,13 @@ def explain(path: Path, stage: str, strict: bool) -> None:
 @click.option("--states", is_flag=True, help="With initial and final states.")
 @click.option("--timeout", default=180.0, show_default=True, help="Seconds for one kernel.")
 @click.option("--workers", type=click.IntRange(1), help="Kernels at a time; one a core where not given.")
+@click.option("--fill", is_flag=True, help="Keep the machine code in Triton's own cache (TRITON_CACHE_DIR), for the device's first call.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
 def compile_specs(paths: list[Path], targets: tuple[str, ...], as_json: bool, **shape: Any) -> None:
-    """Compile every kernel of each SPEC for a device that need not be here; report registers, spills and shared memory."""
+    """Compile every kernel of each SPEC for a device that need not be here; report what they need and take.
+
+    Registers, spills, shared memory, instruction mix, occupancy, bytes over the least that must move, and a modelled time with its bound.
+    """
     from lagen.cli_compile import compile_all
     from lagen.targets.target import find
 

@@ -345,7 +345,7 @@ class _Module:
         lines.append(f"if {grid.split(' * ')[0]} * {' * '.join(grid.split(' * ')[1:])} > 0 and _launches({self.r.inputs[0].name}):")
         lines.append(f"    {k.name}[({grid},)](")
         lines += [f"        {a}," for a in args]
-        lines.append(f"        num_warps={warps}, num_stages={stages},")
+        lines.append(f"        num_warps={warps}, num_stages={stages}, enable_fp_fusion=True,")
         lines.append("    )")
         return lines
 

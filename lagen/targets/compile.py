@@ -141,10 +141,12 @@ def _remember(path: Path, report: Report) -> None:
 class _Worker:
     """One compiling process with a scratch folder of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, fill: bool) -> None:
         self.scratch = tempfile.TemporaryDirectory(prefix="lagen-compile-")
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        env |= {"TRITON_CACHE_DIR": self.scratch.name, "TRITON_ALWAYS_COMPILE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if not fill:
+            env |= {"TRITON_CACHE_DIR": self.scratch.name, "TRITON_ALWAYS_COMPILE": "1"}
         self.words = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lagen.targets.worker"],
@@ -215,7 +217,7 @@ STARTING = 120.0
 """Seconds that a worker may take to import Triton, on a machine whose disk is cold and whose cores are busy."""
 
 
-def _serve(todo: queue.SimpleQueue[Launch], done: Callable[[Launch, Report], None], timeout: float) -> None:
+def _serve(todo: queue.SimpleQueue[Launch], done: Callable[[Launch, Report], None], timeout: float, fill: bool) -> None:
     """Compiles what is queued, one worker at a time, until the queue is empty."""
     worker: _Worker | None = None
     numbers = {f.name for f in fields(Report)}
@@ -228,7 +230,7 @@ def _serve(todo: queue.SimpleQueue[Launch], done: Callable[[Launch, Report], Non
             report = Report(launch.kernel, launch.target.name)
             try:
                 if worker is None:
-                    worker = _Worker()
+                    worker = _Worker(fill)
                     worker.read(STARTING)
                 answer = worker.ask(_request(launch), timeout)
                 assert set(answer) <= numbers, answer
@@ -251,11 +253,13 @@ def compile_launches(
     timeout: float = 180.0,
     progress: Callable[[Report], None] = lambda report: None,
     remember: bool = True,
+    fill: bool = False,
 ) -> tuple[Report, ...]:
     """Compiles every launch, equal ones once, and returns one report a launch, in order.
 
     ``workers`` processes at a time (one a core), each kernel at most ``timeout`` seconds; ``progress`` is called once a report, from
-    any thread. With ``remember=False`` nothing is read from the cache folder. Raises KeyError where a file has no such kernel.
+    any thread. With ``remember=False`` nothing is read from the cache folder. With ``fill`` the machine code goes into Triton's own cache,
+    where the first call on the device finds it. Raises KeyError where a file has no such kernel.
     """
     keys = [digest(launch) for launch in launches]
     found: dict[str, Report] = {}
@@ -263,7 +267,7 @@ def compile_launches(
     waiting = 0
     folder = data.cache() / "compiled"
     for key, launch in dict(zip(keys, launches, strict=True)).items():
-        known = _recall(folder / f"{key}.json", launch) if remember else None
+        known = _recall(folder / f"{key}.json", launch) if remember and not fill else None
         if known is not None:
             found[key] = known
             progress(known)
@@ -282,7 +286,7 @@ def compile_launches(
             progress(report)
 
     count = min(workers or os.cpu_count() or 1, waiting)
-    threads = [threading.Thread(target=_serve, args=(todo, done, timeout), daemon=True) for _ in range(count)]
+    threads = [threading.Thread(target=_serve, args=(todo, done, timeout, fill), daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:

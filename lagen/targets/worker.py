@@ -29,6 +29,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 from lagen.targets.launch import FP_FUSION
+from lagen.targets.orphan import die_with_parent
 from lagen.targets.work import count
 
 _NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -159,6 +160,7 @@ def answer(line: str) -> str:
 
 def main() -> None:
     """Serves until standard input ends. The compilers print: their words go to standard error, answers to the real output."""
+    die_with_parent()
     importlib.import_module("torch")  # generated modules import it: seconds that are no kernel's
     sys.dont_write_bytecode = True
     out = os.fdopen(os.dup(1), "w")

@@ -14,9 +14,10 @@ import torch
 
 from lagen.ir.tunable import Config
 from lagen.runtime.load import load
+from lagen.targets.orphan import die_with_parent
 from lagen.tune.job import Job
 from lagen.tune.outcome import Reason
-from lagen.tune.trial import DTYPES, Refused, die_with_parent
+from lagen.tune.trial import DTYPES, Refused
 from lagen.verify.cases import Extent, make, regimes
 from lagen.verify.laws import Subject, call, judge
 from lagen.verify.sanitize import sanitize

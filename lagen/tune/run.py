@@ -74,7 +74,7 @@ def _choose(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcom
             return different(space, d.config), proof
         if isinstance(proof, Timed):
             break
-    return Config(), proof
+    return Config(), proof if usable else None
 
 
 def _least_spilt(space: Tunables, state: State) -> tuple[Config, Outcome | None]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ from lagen import data
 
 HEARTBEAT, GRACE = 10, 60
 """Seconds between heartbeats, and of silence after which a trial counts as lost."""
+
+STARTS = 8
+"""How often a database is asked, while others make its tables."""
 
 OUTCOME = "outcome"
 """The attribute that a trial has once it is finished; a failed trial without one was lost."""
@@ -117,13 +122,20 @@ def _shared(url: str) -> BaseStorage:
             raise BadStorage(f"{url}: {missing}") from missing
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
+    for left in reversed(range(STARTS)):
+        try:
             return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        raise BadStorage(f"{url}: {str(error).splitlines()[0]}") from error
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.InternalError) as error:
+            # workers that start at once make the same tables: all but one fail, and find them made
+            if not left:
+                raise BadStorage(f"{url}: {str(error).splitlines()[0]}") from error
+            time.sleep(random.uniform(0.2, 1.0))
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+            raise BadStorage(f"{url}: {str(error).splitlines()[0]}") from error
+    raise AssertionError(url)
 
 
 def _study(name: str, storage: BaseStorage, seed: int | None) -> Study:

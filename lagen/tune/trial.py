@@ -6,12 +6,10 @@ write where it should not: that costs one trial. It dies with the tuner that sta
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
-import signal
 import statistics
 import struct
 import sys
@@ -28,6 +26,7 @@ from lagen.ir.variant import Variant
 from lagen.runtime.cpp import CppBackend, Missing, build, defines
 from lagen.runtime.load import load
 from lagen.runtime.operator import Operator
+from lagen.targets.orphan import die_with_parent
 from lagen.tune.job import Job
 from lagen.tune.outcome import Reason
 from lagen.verify.cases import Case, Extent, make, regimes
@@ -47,15 +46,6 @@ class Refused(Exception):
     def __init__(self, reason: Reason, detail: str, code: str = "") -> None:
         super().__init__(detail)
         self.reason, self.detail, self.code = reason, detail, code
-
-
-def die_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it ends, and ends now where it already has."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent or parent == 1:
-        os._exit(1)
 
 
 # ---- what is built ----------------------------------------------------------------------------------------------------------------

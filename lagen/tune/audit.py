@@ -1,0 +1,57 @@
+"""Audits a folder of tuned entries: what cannot be read, is of another algebra, or holds what may not be chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lagen import data
+from lagen.ir.tunable import PASSES, Config
+from lagen.passes.canonicalise import canonicalise
+from lagen.passes.digest import digest
+from lagen.spec.read import read as read_spec
+from lagen.targets.tuned import Entry, file_of, files, head, read
+from lagen.tune.job import job
+from lagen.tune.run import space_digest
+from lagen.tune.space import searches, space_of
+
+
+def audit(folder: Path) -> tuple[int, list[str]]:
+    """Returns how many entries a folder holds, and a line for each that is not as it should be."""
+    count, complaints = 0, []
+    for path in files(folder):
+        name = str(head(path).get("variant"))
+        if name not in [p.stem for p in data.specs()]:
+            found = read(path)
+            complaints += [str(m) for m in found.misses]
+            count += len(found.entries)
+            continue
+        variant = read_spec(data.spec(name))
+        found = read(path, digest(canonicalise(variant)))
+        complaints += [str(m) for m in found.misses]
+        count += len(found.entries)
+        if found.entries and file_of(folder, found.entries[0].device, name) != path:
+            complaints.append(f"{path}: is of {found.entries[0].device} and {name}, and stands elsewhere")
+        for e in found.entries:
+            why = _complaint(e, name)
+            if why:
+                complaints.append(f"{path}: {e.of} {e.dtype} {dict(e.dims)}: {why}")
+    return count, complaints
+
+
+def _complaint(e: Entry, name: str) -> str:
+    """Returns what is wrong with an entry, "" where nothing is."""
+    variant = read_spec(data.spec(name))
+    passes = next((s for s in searches(variant, e.device) if e.of in s), ())
+    if not passes:
+        return "nothing may be chosen there"
+    entry_job = job(variant, e.device, e.how == "measured", passes, e.dtype, {"K": 64, **dict(e.dims)}, 1, e.tokens, e.heads)
+    if entry_job.dims != e.dims:
+        return f"its sizes are not those that the variant has, {', '.join(d for d, _ in entry_job.dims)}"
+    space = space_of(entry_job)
+    named = {t.name for t in space.tunables}
+    values = {(n if n in named and n.partition(" ")[0] not in PASSES else f"{e.of} {n}"): v for n, v in e.config.values}
+    why = space.complaint(Config.of(values))
+    if why:
+        return why
+    recorded = dict(e.notes).get("space", "")
+    return "" if recorded in ("", space_digest(space)) else "was chosen from another space; tune it again"
