@@ -9,7 +9,9 @@ is a prefix of products, which every rank computes for itself, and the operator 
 The gradient goes back the same way: ranks exchange the gradients of what came in, a suffix of products with Mᵀ gives the gradient of what
 went out, and the operator's backward, which is linear in it, turns it into gradients of this rank's tensors.
 
-States that read other states come in stages (a stage's writes may depend on the one before in any way): one exchange a stage.
+States that read other states come in stages (a stage's writes may depend on the one before in any way): one exchange a stage. A peak is
+not affine: ranks hand it on in rounds, each running its tokens from what the rank before last sent, until nothing changes. That is exact
+after as many rounds as ranks, and mostly after two, for a running maximum forgets. Its gradient is linear again.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ from lagen.runtime.operator import Operator
 from lagen.runtime.signature import ArgumentError, Sizes
 from lagen.spec.read import read_text
 
+LOWEST = -1.0e30
+"""Where a peak starts that is not known yet: under every value, as specs' own ``init`` have it."""
+
 Group = dist.ProcessGroup
 Tensors = tuple[Tensor, ...]
 
@@ -51,7 +56,7 @@ def context_parallel(
     sequence's on the last rank. Every rank must call it, and run its backward: o's share of the loss on this rank suffices. A param's
     gradient is this rank's share; sum them over the ranks.
 
-    Raises ArgumentError for a spec that is not causal or has a peak line, and as the operator does.
+    Raises ArgumentError for a spec that is not causal, and as the operator does.
     """
     states = () if initial_state is None else as_tuple(initial_state)
     if not op.spec.causal:
@@ -79,6 +84,7 @@ class Map:
     dims: tuple[str, ...]
     kept: frozenset[str]
     mixed: str = ""
+    peak: bool = False  # M is then that at the state that came in
 
     def of(self, state: Tensor, final: Tensor) -> Tensor:
         """Returns M, by the gradients of ``final`` with respect to ``state``."""
@@ -156,19 +162,18 @@ class Map:
 
 @cache
 def _maps(op: Operator) -> tuple[Map, ...]:
-    """Reads off a spec what tokens do to its states; raises ArgumentError where that is not affine."""
+    """Reads off a spec what tokens do to its states."""
     variant = read_text(op.spec.source, op.spec.name)
-    stages: dict[str, int] = {}
+    levels: dict[str, tuple[int, bool]] = {}
+    for line in variant.states:
+        above = [levels[n.name][0] for n in reads(line.expr, "past", "now") if n.name != line.name]
+        levels[line.name] = 1 + max(above, default=-1), not line.peak
+    stages = sorted(set(levels.values()))
     made = []
     for line, state in zip(variant.states, canonicalise(variant).states, strict=True):
-        if line.peak:
-            raise ArgumentError(
-                f"{op.spec.name}: {line.name} is a peak line, and what tokens do to it is not affine: ranks cannot hand it on"
-            )
-        above = [stages[n.name] for n in reads(line.expr, "past", "now") if n.name != line.name]
-        stages[line.name] = 1 + max(above, default=-1)
-        kept = frozenset(d for g in state.decay for d in g.dims) | ({""} if state.decay else set())
-        made.append(Map(stages[line.name], line.dims, frozenset(kept), _mixed(line)))
+        dims = {d for g in state.decay for d in g.dims} | ({""} if state.decay else set())
+        kept = frozenset({"", *line.dims} if line.peak else dims)
+        made.append(Map(stages.index(levels[line.name]), line.dims, kept, _mixed(line), line.peak))
     return tuple(made)
 
 
@@ -218,6 +223,25 @@ class _Exchange:
         _, finals = self.op(*tensors, scale=self.scale, initial_state=given, output_final_state=True, backend=self.backend)
         return as_tuple(finals)
 
+    def settle(self, stage: Sequence[int], tensors: Sequence[Tensor], states: list[Tensor]) -> None:
+        """Puts in the peaks that come in: each rank runs from what the rank before sent last, until all send what they sent."""
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if rank:
+            for i in stage:
+                states[i] = torch.full_like(states[i], LOWEST)
+        sent: list[Tensors] = []
+        for _ in range(ranks - 1):
+            with torch.no_grad():
+                finals = self.finals(tensors, states) if rank < ranks - 1 else states
+            before, sent = sent, self.gather([finals[i] for i in stage])
+            if rank:
+                for place, i in enumerate(stage):
+                    states[i] = sent[rank - 1][place]
+            if before and all(
+                torch.equal(x, y) for row, old in zip(sent[:-1], before[:-1], strict=True) for x, y in zip(row, old, strict=True)
+            ):
+                break
+
     def gather(self, mine: Sequence[Tensor]) -> list[Tensors]:
         """Returns what every rank has, in the order of the ranks: tensors of the same shapes everywhere."""
         flat = torch.cat([x.reshape(-1) for x in mine])
@@ -237,20 +261,21 @@ class _Incoming(torch.autograd.Function):
         tensors, states = given[: -len(maps)], list(given[-len(maps) :])
         seen: dict[int, list[Tensor]] = {}
         for stage in exchange.stages:
+            if maps[stage[0]].peak:
+                exchange.settle(stage, tensors, states)
             parts, linear = [states[i] for i in stage], [maps[i] for i in stage]
-            if rank == ranks - 1:  # nobody comes after
-                mine = [*parts, *(x.new_zeros(m.shape(x)) for m, x in zip(linear, parts, strict=True))]
-            else:
+            mine = [*parts, *(x.new_zeros(m.shape(x)) for m, x in zip(linear, parts, strict=True))]
+            if rank < ranks - 1:  # somebody comes after
                 with torch.enable_grad():
                     starts = [s.detach().requires_grad_() for s in states]
                     finals = exchange.finals([x.detach() for x in tensors], starts)
-                    mine = [finals[i].detach() for i in stage] + [
-                        maps[i].of(starts[i], finals[i]) if rank else starts[i].new_zeros(maps[i].shape(starts[i])) for i in stage
-                    ]
+                    mine[: len(stage)] = [finals[i].detach() for i in stage]
+                    if rank:
+                        mine[len(stage) :] = [maps[i].of(starts[i], finals[i]) for i in stage]
             everyone = exchange.gather(mine)
             for place, i in enumerate(stage):
                 seen[i] = [row[len(stage) + place] for row in everyone]
-                if rank:
+                if rank and not maps[i].peak:
                     state = everyone[0][place]
                     for j in range(1, rank):
                         state = maps[i].apply(seen[i][j], state) + everyone[j][place]

@@ -28,11 +28,17 @@ def operator(name: str) -> Operator:
     return lagen.load(name if "\n" not in name else read_text(name), printed=())
 
 
+def heads_of(op: Operator) -> int:
+    return HEADS if any(a.head for a in op.spec.inputs) else 1
+
+
 def layer(name: str, convolution: int | None = None, loud: float = 4.0, **named: object) -> LinearAttention:
     """A layer whose projections are loud enough that what they carry is seen in the output."""
     torch.manual_seed(0)
     op = operator(name)
-    made = LinearAttention(op, DIM, HEADS, convolution=(3 if op.spec.causal else 0) if convolution is None else convolution, **named)
+    if convolution is None:
+        convolution = 3 if op.spec.causal else 0
+    made = LinearAttention(op, DIM, heads_of(op), convolution=convolution, **named)
     with torch.no_grad():
         for feed in made.feeds.values():
             feed.linear.weight *= loud
@@ -78,7 +84,7 @@ def test_bfloat16_is_near_float32_and_a_state_dict_makes_the_same_layer(name: st
         with torch.autocast("cpu", torch.bfloat16):
             mixed = mixer(x)
         torch.manual_seed(7)
-        other = LinearAttention(operator(name), DIM, HEADS, convolution=3 if operator(name).spec.causal else 0, length=T)
+        other = LinearAttention(operator(name), DIM, heads_of(operator(name)), convolution=3 if operator(name).spec.causal else 0, length=T)
         assert not torch.equal(other(x), wanted)
         other.load_state_dict(mixer.state_dict())
         assert torch.equal(other(x), wanted)

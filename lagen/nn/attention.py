@@ -90,7 +90,8 @@ class LinearAttention(nn.Module):
             self.params[t.name] = nn.Parameter(self.bounds[t.name].invert(start(torch.empty(shapes[t.name])).clone()))
         ends = {o.name: [self.sizes[d] for d in o.shape()] for o in described.outputs}
         self.norms = nn.ModuleDict({name: nn.RMSNorm(end[-1], eps=eps) for name, end in ends.items() if norm and end})
-        total = sum(math.prod(end) for end in ends.values())
+        self.widths = {name: math.prod(end) for name, end in ends.items()}
+        total = sum(self.widths.values())
         self.gate = projection(dim, total) if gate else None
         self.write = projection(total, dim)
 
@@ -195,7 +196,7 @@ class LinearAttention(nn.Module):
         rows = []
         for o, out in zip(self.operator.spec.outputs, outputs, strict=True):
             normed = self.norms[o.name](out.to(x.dtype)) if o.name in self.norms else out.to(x.dtype)
-            rows.append(normed.reshape(*x.shape[:-1], math.prod(self.sizes[d] for d in o.shape())))
+            rows.append(normed.reshape(*x.shape[:-1], self.widths[o.name]))
         joined = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
         if self.gate is not None:
             joined = joined * functional.silu(self.gate(x))

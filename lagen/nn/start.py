@@ -122,7 +122,20 @@ def bonus(like: Tensor) -> Tensor:
     return (1.0 - channel / max(like.numel() - 1, 1) + zigzag).reshape(like.shape)
 
 
+def speeds(like: Tensor) -> Tensor:
+    """Returns RWKV-4's first w [D], a decay from exp(-5) in the first channel to exp(3) in the last (its code, time_decay)."""
+    return torch.exp(-5.0 + 8.0 * (torch.arange(like.numel(), dtype=torch.float32) / max(like.numel() - 1, 1)).reshape(like.shape))
+
+
+def firsts(like: Tensor) -> Tensor:
+    """Returns RWKV-4's first u [D]: log(0.3), with a zigzag of three (its code, time_first)."""
+    zigzag = (torch.arange(like.numel(), dtype=torch.float32) + 1) % 3 - 1
+    return (math.log(0.3) + 0.5 * zigzag).reshape(like.shape)
+
+
 PAPERS: dict[tuple[str, str], Start] = {
+    ("rwkv4", "u"): firsts,
+    ("rwkv4", "w"): speeds,
     ("rwkv6", "u"): bonus,
     ("metala", "w_aug"): torch.zeros_like,
 }
