@@ -187,8 +187,9 @@ def _plan(made: Made) -> str:
     from lagen.emit.cpp import fallback
     from lagen.passes.plan import plan
 
-    slow = fallback(made.recurrence, made.adjoint)
-    facts = [f"no generated C++, since {slow}: on the CPU the torch evaluation serves"] if slow else []
+    slow, undone = fallback(made.recurrence, made.adjoint)
+    what = "no generated C++" if slow else "no generated C++ for the backward"
+    facts = [f"{what}, since {undone}: on the CPU the torch evaluation serves"] if undone else []
     try:
         planned = plan(made.recurrence, made.adjoint)
     except NotImplementedError as missing:

@@ -27,6 +27,7 @@ from lagen.emit.cpp_plan import (
     plan_forward,
     split_dim,
 )
+from lagen.emit.cpp_scan import dense_sweep
 from lagen.ir.expr import Expr, number
 from lagen.ir.recurrence import Adjoint, Recurrence
 from lagen.ir.scalar import FUNCTIONS
@@ -48,9 +49,10 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
     forward, backward = plan_forward(recurrence), plan_backward(adjoint)
     if isinstance(forward, Fallback):
         return forward
-    if isinstance(backward, Fallback):
-        return backward
-    present = [n for n, _ in backward.sinks]
+    present = [] if isinstance(backward, Fallback) else [n for n, _ in backward.sinks]
+    directions = [_Printer(recurrence, forward, "forward").printed()]
+    if not isinstance(backward, Fallback):
+        directions.append(_Printer(recurrence, backward, "backward").printed())
     split = split_dim(recurrence, forward)
     return _fill(
         "operator.cpp.j2",
@@ -66,7 +68,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         split=split,
         split_index=_dims(recurrence).index(split) if split else -1,
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
-        directions=[_Printer(recurrence, forward, "forward").printed(), _Printer(recurrence, backward, "backward").printed()],
+        directions=directions,
         step=_Printer(recurrence, forward, "step").printed() if in_place(forward) else None,
     )
 
@@ -97,9 +99,11 @@ def _fill(template: str, **values: object) -> str:
     return environment.get_template(template).render(values).rstrip() + "\n"
 
 
-def fallback(recurrence: Recurrence, adjoint: Adjoint) -> str:
-    """Returns why a variant runs through the torch evaluation on the CPU; "" where generated C++ carries it."""
-    return next((p.reason for p in (plan_forward(recurrence), plan_backward(adjoint)) if isinstance(p, Fallback)), "")
+def fallback(recurrence: Recurrence, adjoint: Adjoint) -> tuple[str, str]:
+    """Returns why forward and backward of a variant run through the torch evaluation on the CPU; "" where generated C++ carries them."""
+    forward, backward = plan_forward(recurrence), plan_backward(adjoint)
+    reason = forward.reason if isinstance(forward, Fallback) else ""
+    return reason, reason or (backward.reason if isinstance(backward, Fallback) else "")
 
 
 def _dims(recurrence: Recurrence) -> list[str]:
@@ -166,7 +170,8 @@ def _step(s: Sweep) -> str:
 
 
 def _pad(dim: str) -> str:
-    return f"z.pad_{dim}" if dim else "1"
+    lanes, _, rows = dim.partition("|")  # of a param that lies like a dense state
+    return (f"z.pad_{lanes} * z.size_{rows}" if rows else f"z.pad_{dim}") if dim else "1"
 
 
 def _cells(s: Sweep) -> str:
@@ -264,7 +269,7 @@ class _Printer:
     def find_stored(self) -> set[Expr]:
         """Returns the nodes that need an array: used outside of the loop that computes them."""
         out = {n for _, s in self.steps() if isinstance(s, Sweep) for r in s.reads for n in (r, *r.args)}
-        out |= {x for _, s in self.steps() if isinstance(s, Sweep) for x in (*s.decay, *(x for w in s.writes for x in w[:2]))}
+        out |= {x for _, s in self.steps() if isinstance(s, Sweep) for x in s.operands}
         out |= {e for _, e in self.program.sinks} | set(self.program.kept)
         for _, s in self.steps():
             if isinstance(s, Loop):
@@ -280,9 +285,12 @@ class _Printer:
 
     def declare(self, s: Sweep, members: list[str], built: list[str]) -> None:
         """Declares the state of a sweep."""
-        if s.rows and self.direction == "step":
+        if s.rows and self.direction == "step" and not s.elements:
             return
-        if s.rows:
+        if s.elements:
+            members.append(f"Dense {s.label};  // rows {s.rows}, lanes {s.lanes}")
+            built.append(f"{s.label} = Dense(a, {_size(s.rows)}, {_size(s.lanes)});")
+        elif s.rows:
             operands = max(2 * len(t.writes) + len(t.reads) for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label)
             members.append(f"Matrix {s.label};  // rows {s.rows}, lanes {s.lanes}")
             built.append(f"{s.label} = Matrix(a, {_size(s.rows)}, {_size(s.lanes)}, {operands});")
@@ -312,6 +320,11 @@ class _Printer:
 
     def load_param(self, node: Expr) -> str:
         dim = (node.dims or ("",))[0]
+        lanes, _, rows = dim.partition("|")
+        if rows:
+            dims = next(t.dims for t in self.recurrence.params if t.name == node.name)
+            first = f"{'true' if dims[0] == rows else 'false'}, z.full_{dims[1]}"
+            return f"load_elements(w.{self.names[node]}, c.{node.name}_, h, {_size(rows)}, {_size(lanes)}, {first});"
         if dim:
             return f"load(w.{self.names[node]}, c.{node.name}_, 0, 0, h, 1, {_size(dim)}, {_pad(dim)});"
         return f"load_number(w.{self.names[node]}, c.{node.name}_, h);"
@@ -321,7 +334,7 @@ class _Printer:
         before, after, body = [], [], []
         sweeps = [s for s in p.steps if isinstance(s, Sweep)]
         for s in sweeps:
-            if not s.whole and (self.direction != "step" or not s.rows):
+            if not s.whole and (self.direction != "step" or not s.rows or s.elements):
                 before.append(self.load_state(s))
         for s in self.program.ends:
             if s in sweeps:
@@ -372,10 +385,11 @@ class _Printer:
         return s.state.name not in {x.name for x in self.recurrence.states}
 
     def store_state(self, s: Sweep) -> str:
-        if not s.state.causal or (self.direction == "step" and s.rows):
+        if not s.state.causal or (self.direction == "step" and s.rows and not s.elements):
             return ""
         if self.direction == "step":
-            return f"w.{s.label}.store(c.initial_{s.state.name}.state(b, h));"
+            first = f", {self.is_first(s)}, {_step(s)}" if s.rows else ""
+            return f"w.{s.label}.store(c.initial_{s.state.name}.state(b, h){first});"
         target = f"c.d_initial_{s.state.of}" if self.direction == "backward" else f"c.final_{s.state.name}"
         first = f", {self.is_first(s)}, {_step(s)}" if s.rows else ""
         return f"if (float* to = {target}.own_state(b, h)) w.{s.label}.store(to{first});"
@@ -501,6 +515,10 @@ class _Printer:
 
     def sweep(self, s: Sweep, closings: tuple[tuple[Expr, Sweep, int], ...]) -> list[str]:
         """Prints a sweep: its decay, writes and readouts, and the closings that it feeds."""
+        if s.elements:
+            filled = [(r, self.where(r)) for r in s.reads]
+            dims, writes = (s.lanes, s.rows), [w[:2] for w in s.writes]
+            return dense_sweep(s.elements, s.label, dims, writes, filled, self.where, self.formula)
         by_dims = {d.dims: d for d in s.decay}
         row = (s.rows,) if s.rows else ("no row",)
         lane = (s.lanes,) if s.lanes else ("no lane",)
@@ -515,6 +533,9 @@ class _Printer:
             lines.append("  const Readout reads[] = {" + ", ".join(self.read(s, r) for r in reads) + "};")
         between = self.between(s, row)
         lines += [] if s.state.reverse else between
+        if s.state.peak:
+            reads_text = f"{'reads' if reads else 'nullptr'}, {len(reads)}"
+            return [*lines, f"  peak(w.{s.label}, n, decay, writes[0].lane, {reads_text});", "}"]
         for node, swept, index in closings:
             if swept == s:
                 on = _on(node, row)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lagen.emit.cpp_scan import Elements, elements, unprinted
 from lagen.ir import expr as E
 from lagen.ir.expr import HEADS, ONE, Expr, walk
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings, readout
@@ -51,6 +52,13 @@ class Sweep:
     decay: tuple[Expr, ...]
     reads: tuple[Expr, ...]
     whole: bool = False  # not causal: this pass only reads what an earlier one gathered
+    elements: Elements | None = None  # a decay for every element; ``decay`` is empty then
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """Lists the values that it takes."""
+        decay = self.elements.operands if self.elements else self.decay
+        return (*decay, *(r.args[0] for r in self.reads), *(x for w in self.writes for x in w[:2]))
 
     @property
     def label(self) -> str:
@@ -183,23 +191,25 @@ def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr])
     """Returns what the fast form cannot carry, or nothing."""
     by_name = {s.name: s for s in states}
     known = {*FUNCTIONS, *LEAVES, *REDUCTIONS, *RESIZES, "pow", "expand", "softmax", "l2norm", "rmsnorm", "lead", "readout", "suffix"}
-    bodies = [x for s in states for x in (*s.decay, *(x for w in s.writes for x in (w.row, w.col)))]
+    bodies = [x for s in states for x in (*s.decay, *(x for w in s.writes for x in (w.row, w.col))) if len(x.dims) < 2]
+    for g in (g for s in states for g in s.decay if s.dense):
+        if reason := unprinted(g):
+            return reason
+        bodies += [n for n in walk(g) if len(n.dims) < 2]
     for n in walk(*roots, *bodies):
+        if n.op == "readout" and len(by_name[n.name].dims) > 1 and n.attr("dim") == "":
+            return f"{n.name} is read element by element"
         if n.op not in known:
             return f"'{n.op}' has no form in C++ yet"
         if len(n.dims) > 1:
             return f"{n} has two dims a token"
     for s in states:
-        if s.peak:
-            return f"{s.name} is a peak"
-        if s.dense:
-            return f"the decay of {s.name} is dense"
         inclusive = any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots))
         if inclusive and any(not w.decayed for w in s.writes):
             return f"{s.name} is read inclusively beside an undecayed write"
-    for n in walk(*roots, *bodies):
-        if n.op == "readout" and len(by_name[n.name].dims) > 1 and n.attr("dim") == "":
-            return f"{n} leaves both dims of {n.name}"
+    peaks = [s.name for s in recurrence.states if s.peak]
+    if peaks and any(n.op == "suffix" for n in walk(*roots)):
+        return f"what comes back to the peak {peaks[0]} through sums over tokens cancels, and float32 would leave its rounding"
     heads = {e.head for _, e in recurrence.outputs}
     if len(heads) > 1:
         return "outputs stand on different heads"
@@ -259,7 +269,8 @@ class _Planner:
         writes = tuple(Write(self.lower(w.row), self.lower(w.col), w.decayed) for w in s.writes)
         if len(s.dims) < 2:
             writes = tuple(Write(_row(E.mul(w.row, w.col), s.dims), ONE, w.decayed) for w in writes)
-        return replace(s, writes=writes, decay=tuple(E.call("exp", self.lower(g)) for g in s.decay))
+        decay = tuple(self.lower(g) for g in s.decay)
+        return replace(s, writes=writes, decay=decay if s.peak or s.dense else tuple(E.call("exp", g) for g in decay))
 
     # ---- levels: which pass can make a value
 
@@ -340,7 +351,9 @@ class _Planner:
             if len(state.dims) < 2:
                 writes = tuple((ONE, w.row, w.decayed) for w in state.writes)
             whole = any(n.attr("at") == "all" for n in reads)
-            sweep = Sweep(state, rows, lanes, level, () if whole else writes, () if whole else state.decay, tuple(reads), whole)
+            decay = () if whole or state.dense else state.decay
+            each = elements(state.decay[0], lanes, rows) if state.dense else None
+            sweep = Sweep(state, rows, lanes, level, () if whole else writes, decay, tuple(reads), whole, each)
             self.made[name, rows, level] = sweep
             if whole:
                 self.made[name, rows, level - 1] = replace(sweep, level=level - 1, writes=writes, reads=(), whole=False)
@@ -366,7 +379,7 @@ class _Planner:
             stores = tuple((name, e) for name, e in self.sinks if self.level(e) == level)
             sweeps = [s for s in self.made.values() if s.level == level]
             wanted = [e for _, e in stores] + [n for n in kept if self.level(n) == level]
-            wanted += [x for s in sweeps for x in (*s.decay, *(r.args[0] for r in s.reads), *(x for w in s.writes for x in w[:2]))]
+            wanted += [x for s in sweeps for x in s.operands]
             needed, loads = self.needed(wanted, level, kept, constants)
             if needed or sweeps or stores:
                 steps = schedule(needed, sweeps)
@@ -499,8 +512,7 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
             found = True
         missing = set(left) | {r for s in pending for r in s.reads if r in inside}
         for s in list(pending):
-            operands = [*s.decay, *(r.args[0] for r in s.reads), *(x for w in s.writes for x in w[:2])]
-            if not any(x in missing for x in operands):
+            if not any(x in missing for x in s.operands):
                 steps.append(s)
                 pending.remove(s)
                 found = True

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 
 from lagen import __version__, data
-from lagen.emit.cpp import render_cpp, render_sweeps
+from lagen.emit.cpp import fallback, render_cpp, render_sweeps
 from lagen.emit.cpp_plan import Fallback
 from lagen.emit.torch import render_torch
 from lagen.emit.triton import render_triton
@@ -62,8 +62,10 @@ def render(
     step = "torch_step" if variant.causal else "None"
     backends = [BackendText("torch", f"Backend(torch_forward, torch_backward, {step}, keeps_outputs=False, doubles=True, host=True)")]
     cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
+    undone = "" if isinstance(cpp, Fallback) else fallback(recurrence, adjoint)[1]
     if not isinstance(cpp, Fallback):
-        backends.append(BackendText("cpp", f"Backend(cpp.forward, cpp.backward, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
+        back = "torch_backward" if undone else "cpp.backward"
+        backends.append(BackendText("cpp", f"Backend(cpp.forward, {back}, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
     if not isinstance(kernels, Fallback):
         functions = f"triton_forward, triton_backward, {step.replace('torch', 'triton')}"
         backends.append(BackendText("triton", f"Backend({functions}, saves=TRITON_SAVES, saved=triton_saved)"))
@@ -78,6 +80,7 @@ def render(
         "torch_functions": render_torch(recurrence, adjoint, variant.assumptions).strip(),
         "kernels": "" if isinstance(kernels, Fallback) else kernels,
         "absent": [(name, text.reason) for name, text in (("triton", kernels), ("cpp", cpp)) if isinstance(text, Fallback)],
+        "undone": undone,
         "cpp": "" if isinstance(cpp, Fallback) else cpp.rstrip(),
         "torch_step": step,
         "source": _block(variant.source),
