@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lagen.ir.variant import Variant
 
 FAILED, MISTAKEN = 1, 2
-STAGES = ["variant", "recurrence", "adjoint", "chunk", "plan", "source", "all"]
+STAGES = ["variant", "recurrence", "adjoint", "chunk", "plan", "source", "tuned", "all"]
 """What explain shows: lagen.explain.STAGES, which is too heavy to import for --help."""
 
 

@@ -21,7 +21,7 @@ from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.differentiate import differentiate
 from lagen.passes.digest import digest
 from lagen.spec.read import read
-from lagen.targets.tuned import find
+from lagen.targets.tuned import find as find_tuned
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Made:
 
 
 def explain(subject: Variant | str | Path, stage: str = "all") -> str:
-    """This function returns the stages of a variant, or of the spec file at a path, as text; "all" is all but the source.
+    """This function returns the stages of a variant, or of the spec file at a path, as text; "all" is all but variant, source and tuned.
 
     Raises SpecErrors, and ValueError for a stage that is not one of STAGES.
     """
@@ -50,7 +50,7 @@ def explain(subject: Variant | str | Path, stage: str = "all") -> str:
     if stage != "all" and stage not in STAGES:
         raise ValueError(f"no stage named {stage!r}; there are {', '.join(STAGES)} and all")
     made = Made(variant)
-    chosen = [s for s in STAGES if s not in ("variant", "source")] if stage == "all" else [stage]
+    chosen = [s for s in STAGES if s not in ("variant", "source", "tuned")] if stage == "all" else [stage]
     parts = [STAGES[s](made) for s in chosen]
     return "\n\n".join(([_title(made)] if stage == "all" else []) + parts)
 
@@ -213,7 +213,20 @@ def _forms() -> str:
 def _source(made: Made) -> str:
     from lagen.emit.render import render
 
-    return render(made.variant, made.recurrence, made.adjoint, tuned=find(made.variant.name, digest(made.recurrence)).entries)
+    return render(made.variant, made.recurrence, made.adjoint, tuned=find_tuned(made.variant.name, digest(made.recurrence)).entries)
+
+
+def _tuned(made: Made) -> str:
+    """Lists the configs that calls look up, by device, and what was passed over."""
+    found = find_tuned(made.variant.name, digest(made.recurrence))
+    lines = []
+    for e in found.entries:
+        dims = " ".join(f"{d}={n}" for d, n in e.dims)
+        gain = f", {e.time:.0f} us against {e.default:.0f}" if e.default else ""
+        lines.append(f"{e.device} {e.of} {e.dtype} {dims} T={e.tokens} BxH={e.heads}: {e.config} ({e.how}{gain})")
+    lines += [f"not used: {m}" for m in found.misses]
+    lines.append("a call takes the exact entry, else the nearest whose dims fill the same powers of two, else the defaults")
+    return _section("tuned", lines)
 
 
 def _section(title: str, lines: list[str]) -> str:
@@ -227,5 +240,6 @@ STAGES: dict[str, Callable[[Made], str]] = {
     "chunk": _chunk,
     "plan": _plan,
     "source": _source,
+    "tuned": _tuned,
 }
 """The stages in the order in which the compiler makes them."""

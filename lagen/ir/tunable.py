@@ -41,6 +41,9 @@ class Config:
 
 PASSES = ("forward", "backward", "step")
 
+CHUNK = "chunk"
+"""The tunable that passes share: tensors of its shape go from the forward to the backward."""
+
 
 @dataclass(frozen=True)
 class Tunable:

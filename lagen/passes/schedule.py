@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from lagen.ir.expr import walk
 from lagen.ir.plan import Kernel, Plan
-from lagen.ir.tunable import AtMost, Tunable, Tunables
+from lagen.ir.tunable import CHUNK, AtMost, Tunable, Tunables
 
 _OPERANDS = 8
 """Matrix operands that a sweep of 64-wide tiles keeps in flight without spilling (8 warps, 128 x 128 states, bf16)."""
@@ -103,7 +103,7 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
     if of != "step" and not exact:
         least = 16 if itemsize <= 2 else min(16, most)
         lengths = sorted({c for c in (*chunks, most) if least <= c <= 64})
-        found.append(Tunable("chunk", tuple(lengths), most, "tokens that are taken together by matrix products"))
+        found.append(Tunable(CHUNK, tuple(lengths), most, "tokens that are taken together by matrix products"))
     if plan.borders and of != "step" and not exact:
         found.append(Tunable(f"{of} segment", (0, 1, 8, 32, FUSED), 0, "chunks that one program runs through; 0: as the shape asks"))
     found.append(Tunable(f"{of} warps", (0, 4, 8), 0, "warps of a program; 0: as its largest dim asks", static=False))

@@ -111,7 +111,8 @@ def _versions() -> str:
 def digest(launch: Launch) -> str:
     """Returns the key of a launch's machine code; raises KeyError where the file has no such kernel."""
     code = _code(Path(launch.module).read_text(), launch.kernel)
-    rest = (launch.target.name, launch.signature, launch.constants, launch.attributes, launch.options, _versions())
+    promised = tuple(a for a in launch.attributes if a[1])
+    rest = (launch.target.name, launch.signature, launch.constants, promised, launch.options, _versions())
     return hashlib.sha256(f"{code}\n{rest!r}".encode()).hexdigest()[:32]
 
 

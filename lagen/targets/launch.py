@@ -31,7 +31,8 @@ class Launch:
     """One launch of ``kernel``, a function in the file ``module``, compiled for ``target``.
 
     ``signature`` has every argument in order with its Triton type ("*bf16", "i32", "fp32" or "constexpr"); ``constants`` the value
-    of each constexpr, a Triton type written "tl.float32"; ``attributes`` what is promised of an argument (("tt.divisibility", 16)).
+    of each constexpr, a Triton type written "tl.float32"; ``attributes`` what is promised of an argument (("tt.divisibility", 16)),
+    nothing being a promise too where Triton's own cache keeps it in its key.
     """
 
     module: str
@@ -128,7 +129,7 @@ def _write_down(function: Any, args: tuple[object, ...], kwargs: dict[str, Any],
         target,
         tuple(signature.items()),
         tuple((names[p[0]], _constant(function.__name__, names[p[0]], v)) for p, v in constants.items()),
-        tuple((names[p[0]], tuple((k, int(v)) for k, v in promises)) for p, promises in attributes.items() if promises),
+        tuple((names[p[0]], tuple((k, int(v)) for k, v in promises)) for p, promises in attributes.items()),
         tuple(sorted((k, v) for k, v in kwargs.items() if k not in names)),
         (int(sizes[0]), int(sizes[1]), int(sizes[2])),
         tuple((n, v) for n, v in bound.items() if isinstance(v, int) and not isinstance(v, bool)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lagen import data
-from lagen.ir.tunable import PASSES, Config
+from lagen.ir.tunable import CHUNK, Config
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.digest import digest
 from lagen.spec.read import read as read_spec
@@ -48,8 +48,7 @@ def _complaint(e: Entry, name: str) -> str:
     if entry_job.dims != e.dims:
         return f"its sizes are not those that the variant has, {', '.join(d for d, _ in entry_job.dims)}"
     space = space_of(entry_job)
-    named = {t.name for t in space.tunables}
-    values = {(n if n in named and n.partition(" ")[0] not in PASSES else f"{e.of} {n}"): v for n, v in e.config.values}
+    values = {n if n == CHUNK else f"{e.of} {n}": v for n, v in e.config.values}
     why = space.complaint(Config.of(values))
     if why:
         return why

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lagen import __version__
-from lagen.ir.tunable import Config, Tunables
-from lagen.targets.tuned import Entry
+from lagen.ir.tunable import CHUNK, Config, Tunables
+from lagen.targets.tuned import Entry, find
 from lagen.tune.job import Job
 from lagen.tune.measure import Measure
 from lagen.tune.modelled import Model
@@ -52,9 +52,19 @@ def run(
     space = space_of(job)
     judging = judge or judge_of(job, timeout, rounds)
     with opened(job.study, storage, seed) as study:
-        state = search(study, space, judging, budget, progress, seed)
+        state = search(study, space, judging, budget, progress, seed, known(job))
     chosen, proof = _choose(judging, space, state)
     return Result(job, space, state, chosen, proof, _entries(job, space, state, chosen, proof))
+
+
+def known(job: Job) -> list[Config]:
+    """Returns what was chosen before for a job's calls, as one config of all its passes; none where nothing was."""
+    wanted = {e.key for e in job.entries(Config())}
+    found: dict[str, int] = {}
+    for e in find(job.name, job.digest, job.device).entries:
+        if e.key in wanted:
+            found |= {n if n == CHUNK else f"{e.of} {n}": v for n, v in e.config.values}
+    return [Config.of(found)] if found else []
 
 
 def _choose(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcome | None]:

@@ -85,9 +85,13 @@ def search(
     budget: Budget,
     progress: Callable[[State], None] = lambda state: None,
     seed: int | None = None,
+    known: Collection[Config] = (),
 ) -> State:
-    """Searches until the budget is spent or no point is left, and returns what the study knows then."""
-    _enqueue_first(study, space)
+    """Searches until the budget is spent or no point is left, and returns what the study knows then.
+
+    ``known`` are configs that were chosen before: they come right after the default.
+    """
+    _enqueue_first(study, space, known)
     choices = distributions(space)
     started, spent, dice = time.monotonic(), 0, random.Random(seed)
     state = state_of(study, space)
@@ -118,9 +122,10 @@ def _judged(space: Tunables, judge: Judge, config: Config, incumbent: Config, co
     return judge.judge(config, incumbent, codes)
 
 
-def _enqueue_first(study: Study, space: Tunables) -> None:
-    """Queues the default and its neighbours, those that were not queued before."""
-    for config in (space.default, *space.neighbours()):
+def _enqueue_first(study: Study, space: Tunables, known: Collection[Config]) -> None:
+    """Queues the default, what is known and the default's neighbours, those that were not queued before."""
+    whole = [Config.of(space.default.table | c.table) for c in known if not space.complaint(c)]
+    for config in (space.default, *whole, *space.neighbours()):
         study.enqueue_trial(params_of(space, config), skip_if_exists=True)
 
 
