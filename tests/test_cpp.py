@@ -23,7 +23,7 @@ from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
 from lagen.passes.simplify import simplify
 from lagen.runtime import cpp
-from lagen.runtime.operator import Operator
+from lagen.runtime.operator import ArgumentError, Operator
 from lagen.runtime.prebuild import prebuild
 from lagen.spec.read import read, read_text
 from lagen.verify.cases import Case, Extent, make
@@ -176,6 +176,53 @@ def test_token_by_token_is_the_whole(name: str, dims: dict[str, int]) -> None:
             assert error(one, o[:, t].double()) < 1e-6
     for x, y in zip(state, final if isinstance(final, tuple) else (final,), strict=True):
         assert error(x, y.double()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "linear_attention", "rwkv6"])
+def test_a_step_like_one_before_goes_past_the_dispatcher(name: str) -> None:
+    op, variant = loaded(name)
+    case = make(variant, Extent(6, group=2, dims=(("K", 13), ("V", 20))), carried=True)
+    slow = tuple(s.clone() for s in case.initial_states or ())
+    fast = tuple(s.clone() for s in slow)
+    again = op.backends["cpp"].again
+    assert again is not None
+    with torch.no_grad():
+        for t in range(6):
+            given = (*(x[:, t] for x in case.inputs), *case.params)
+            versions = [s._version for s in fast]
+            wanted, _ = op.step(*given, state=slow, backend="cpp")
+            got, after = op.step(*given, fast if len(fast) > 1 else fast[0])
+            assert torch.equal(got, wanted) and all(map(torch.equal, slow, fast))
+            assert all(s._version > v for s, v in zip(fast, versions, strict=True))
+            assert after is fast[0] or all(a is b for a, b in zip(after, fast, strict=True))
+        assert again(given, fast) is not None
+
+
+def test_a_step_that_is_not_plain_goes_through_the_dispatcher() -> None:
+    op, variant = loaded("simple_gla")
+    case = make(variant, Extent(2, dims=(("K", 16), ("V", 16))), carried=True)
+    q, k, v, g = (x[:, 0].contiguous() for x in case.inputs)
+    (state,) = (s.clone() for s in case.initial_states or ())
+    op.step(q, k, v, g, state)
+    again = op.backends["cpp"].again
+    assert again is not None and again((q, k, v, g), (state,)) is not None
+    negative = torch.complex(q, -q).conj().imag
+    assert negative.is_neg() and negative.shape == q.shape
+    assert again((q.clone().requires_grad_(), k, v, g), (state,)) is None
+    assert again((negative, k, v, g), (state,)) is None
+    assert again((q, state[:, :, 0], v, g), (state,)) is None  # the state's own memory
+    assert again((q.bfloat16(), k, v, g), (state,)) is None
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert again((q, k, v, g), (state,)) is None
+    assert torch.func.vmap(lambda x: torch.as_tensor(again((x, k, v, g), (state,)) is None))(torch.stack([q, q])).all()
+    with pytest.raises(ArgumentError, match="no gradient"):
+        op.step(q.clone().requires_grad_(), k, v, g, state)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert again((q, k, v, g), (state,)) is None
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- threads, forks -------------------------------------------------------------------------------------------------------------

@@ -548,8 +548,8 @@ class _Printer:
         operands = f"{'writes' if s.writes else 'nullptr'}, {'reads' if reads else 'nullptr'}"
         way = "-1" if s.state.reverse else "1"
         if s.rows and self.direction == "step":
-            state = f"c.initial_{s.state.name}.state(b, h), {_size(s.rows)}, {_size(s.lanes)}, {self.is_first(s)}"
-            lines.append(f"  step_matrix{shape}({state}, decay, {operands});")
+            state = f"c.initial_{s.state.name}.state(b, h), {_size(s.rows)}, {_size(s.lanes)}"
+            lines.append(f"  step_matrix{shape[:-1]}, {self.is_first(s)}>({state}, decay, {operands});")
         elif s.rows:
             lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead).tile(n, {way});")
         else:

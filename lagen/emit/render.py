@@ -64,8 +64,9 @@ def render(
     cpp = render_cpp(recurrence, adjoint) if "cpp" in printed else Fallback("not asked for")
     undone = "" if isinstance(cpp, Fallback) else fallback(recurrence, adjoint)[1]
     if not isinstance(cpp, Fallback):
-        back = "torch_backward" if undone else "cpp.backward"
-        backends.append(BackendText("cpp", f"Backend(cpp.forward, {back}, {step.replace('torch_', 'cpp.')}, keeps_outputs=False)"))
+        again = ", again=cpp.again, noted=cpp.noted" if variant.causal else ""
+        functions = f"cpp.forward, {'torch_backward' if undone else 'cpp.backward'}, {step.replace('torch_', 'cpp.')}"
+        backends.append(BackendText("cpp", f"Backend({functions}, keeps_outputs=False{again})"))
     if not isinstance(kernels, Fallback):
         functions = f"triton_forward, triton_backward, {step.replace('torch', 'triton')}"
         backends.append(BackendText("triton", f"Backend({functions}, saves=TRITON_SAVES, saved=triton_saved)"))

@@ -38,6 +38,8 @@ EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=
 INCLUDE = '#include "_sweeps.h"\n'
 SMALL = 1 << 18  # state entries of a step that one thread takes alone
 SLOTS = 7  # among the words of a call
+PLAIN = (Tensor, torch.nn.Parameter)
+NOTED = 256  # steps whose layout is remembered, by shapes
 NO_TENSOR = (0, 0, 0, 0, 0, 1, 0)
 LANES = 16  # slices are whole vectors of the widest machine
 
@@ -152,6 +154,8 @@ class StepPlan:
     words: array.array[int]
     places: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    models: tuple[int | tuple[int, ...], ...]  # of each output: the tensor that it is like, which is the quickest to say, or its shape
+    spans: tuple[int, ...]  # bytes from each tensor's first number to behind its last
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ class CppBackend:
         self.tuned: dict[tuple[str, ...], ctypes.CDLL] = {}
         self.plans: dict[object, StepPlan] = {}
         self.entry: Callable[[int], int] | None = None  # of the step that writes in place
+        self.steps: dict[object, StepPlan] = {}
         self.heads = spec.outputs[0].head
         self.dims = tuple(dict.fromkeys(d for a in spec.inputs + spec.params for d in a.dims if d not in dict(spec.sizes)))
 
@@ -412,6 +417,52 @@ class CppBackend:
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
         return outputs
 
+    def again(self, tensors: Tensors, states: Tensors) -> Tensors | None:
+        """Takes a step past the dispatcher; returns None where no such step was noted, or where the dispatcher has something to do.
+
+        That is where a mode or a transform watches, where a tensor is of another class or wants a gradient, or shares the state's memory.
+        """
+        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        whole, grad = (*tensors, *states), torch.is_grad_enabled()
+        key: list[object] = [threads()]
+        for x in whole:
+            if type(x) not in PLAIN or x.is_neg() or (grad and x.requires_grad):
+                return None
+            key += (x.dtype, x.shape, x.stride(), x.device)
+        plan = self.steps.get(tuple(key))
+        if plan is None:
+            return None
+        words = plan.words[:]
+        outputs = tuple([tensors[0].new_empty(m) if isinstance(m, tuple) else torch.empty_like(tensors[m]) for m in plan.models])
+        at = [x.data_ptr() for x in (*tensors, *outputs, *states)]
+        for place, address in zip(plan.places, at, strict=True):
+            words[place] = address
+        ends = [a + n for a, n in zip(at, plan.spans, strict=True)]
+        for i in range(len(at) - len(states), len(at)):
+            for j in range(i):
+                if at[i] < ends[j] and at[j] < ends[i]:
+                    return None
+        assert self.entry is not None
+        if self.entry(words.buffer_info()[0]):
+            raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
+        torch.autograd.graph.increment_version(states)
+        return outputs
+
+    def noted(self, tensors: Tensors, scale: float, states: Tensors) -> None:
+        """Lays out the steps that are like one that went."""
+        lanes = zip(self.spec.inputs + self.spec.params, tensors, strict=True)
+        dense = all(not a.dims or x.stride(-1) == 1 or x.shape[-1] == 1 for a, x in lanes) and all(s.is_contiguous() for s in states)
+        if self.entry is None or not dense or not all(type(x) in PLAIN and x.is_cpu and not x.is_neg() for x in (*tensors, *states)):
+            return
+        key: list[object] = [threads()]
+        for x in (*tensors, *states):
+            key += (x.dtype, x.shape, x.stride(), x.device)
+        if len(self.steps) >= NOTED:
+            self.steps.clear()
+        n = len(self.spec.inputs)
+        self.steps[tuple(key)] = self.plan_step(tensors[:n], tensors[n:], scale, states)
+
     def whole_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
         """Computes one token as a sequence of its own, and copies the states behind it."""
         outputs, finals, _ = self.forward(tuple(x.unsqueeze(1) for x in inputs), params, scale, states, True)
@@ -438,7 +489,15 @@ class CppBackend:
             places.append(len(words))
             own = _words(a, x, heads, sizes, 1, held)
             words += (*own[:2], math.prod(x.shape[1:]), *own[3:], *NO_TENSOR)
-        return StepPlan(array.array("q", words), tuple(places), shapes)
+        given = (*inputs, *params)
+        like = {(x.dtype, x.shape): i for i, x in enumerate(given) if x.is_contiguous()}
+        models = tuple(like.get((x.dtype, x.shape), tuple(x.shape)) for x in outputs)
+        return StepPlan(array.array("q", words), tuple(places), shapes, models, tuple(_span(x) for x in (*given, *outputs, *states)))
+
+
+def _span(x: Tensor) -> int:
+    """Returns how many bytes lie from a tensor's first number to behind its last."""
+    return x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) if x.numel() else 0
 
 
 def _sequences(batch: int, cu_seqlens: Tensor | None) -> tuple[int, Tensor, bool]:

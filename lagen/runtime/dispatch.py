@@ -43,6 +43,8 @@ class Backend:
     What they return is new and contiguous. ``saves`` counts the saved tensors; ``saved``, called as forward is, returns them
     uninitialised (under FakeTensor, so only their shapes). ``keeps_outputs``: the backward reads outputs and final states.
     ``host``: cu_seqlens is read on the host, so the caller's copy is handed over where there is one.
+    ``again(tensors, states) -> outputs or None`` takes a step past the dispatcher where a step of these shapes went before, and
+    ``noted(tensors, scale, states)`` tells it of one that went.
     """
 
     forward: Callable[..., tuple[Tensors, Tensors | None, Tensors]]
@@ -53,6 +55,8 @@ class Backend:
     keeps_outputs: bool = True
     doubles: bool = False  # takes float64
     host: bool = False
+    again: Callable[[Any, Any], Tensors | None] | None = None
+    noted: Callable[[Tensors, float, Tensors], None] | None = None
 
 
 def state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
