@@ -257,7 +257,10 @@ def shape(f: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("name", [*TABLE, "fused_chunk_gla", "fused_chunk_delta_rule"])
 def test_signatures_are_those_of_the_installed_package(name: str) -> None:
-    rooms = [installed(f"fla.ops{room}") for room in ("", ".rebased", ".gdn2", ".gated_oja_rule", ".gated_delta_product", ".rwkv7")]
+    rooms = [
+        installed(f"fla.ops{room}")
+        for room in ("", ".rebased", ".gdn2", ".gated_oja_rule", ".gated_delta_product", ".rwkv7", ".hgrn", ".rwkv4")
+    ]
     theirs = next(getattr(room, name) for room in rooms if hasattr(room, name))
     assert shape(getattr(fla, name)) == shape(theirs)
 

@@ -198,6 +198,64 @@ def _rwkv7(a: Given) -> Act:
     return Act("dplr", (a["r"], a["k"], a["v"], first, second, a["w"]), scale_of(a))
 
 
+# ---- slots and channels ---------------------------------------------------------------------------------------------------------
+
+
+def _slots(a: Given) -> Act:
+    """Gated slot attention; without g the gates of ABC, whose slots hold means. Query heads may be a multiple of the others."""
+    q, group = a["q"], a["q"].shape[2] // a["k"].shape[2]
+    s, g = a["s"], a["g"]
+    if g is None:
+        if a["cu_seqlens"] is not None or a.get("reverse"):
+            raise NotImplementedError("without g, gates are made of s along one sequence: give g where cu_seqlens or reverse is given")
+        total = torch.logcumsumexp(s.float(), 1)
+        g = torch.cat([total[:, :1], total[:, :-1]], 1) - total
+        s = (s.float() - total).exp().to(s.dtype)
+    k, v, s, g = (x.repeat_interleave(group, 2) if group > 1 else x for x in (a["k"], a["v"], s, g))
+    given = a["initial_state"]
+    states = None
+    if given is not None and any(x is not None for x in given):
+        n, (keys, values, slots) = len(next(x for x in given if x is not None)), (x.shape[-1] for x in (k, v, s))
+        keys_of, values_of = ((n, a["k"].shape[2], keys, slots), (n, a["k"].shape[2], slots, values))
+        held = (q.new_zeros(size) if x is None else x for x, size in zip(given, (keys_of, values_of), strict=True))
+        states = tuple(x.repeat_interleave(group, 1) for x in held)
+
+    def finish(o: Tensor, finals: tuple[Tensor, ...] | None) -> object:
+        return o, [None, None] if finals is None else [x[:, ::group].contiguous() for x in finals]
+
+    return Act("gsa", (q, k, v, s, g), scale_of(a), states, finish=finish)
+
+
+def _abc(a: Given) -> Act:
+    """ABC. fla's states are means and do not hold their weights: they can be read, not started from."""
+    if a["initial_state"] is not None:
+        raise NotImplementedError("chunk_abc from an initial state is not offered: the means do not say how much they weigh")
+
+    def finish(o: Tensor, finals: tuple[Tensor, ...] | None) -> object:
+        if finals is None:
+            return o, None
+        _, weights, keys, values = finals
+        return o, (keys / weights[..., None, :], values / weights[..., None])
+
+    return Act("abc", (a["q"], a["k"], a["v"], a["s"]), a["q"].shape[-1] ** -0.5, finish=finish)
+
+
+def _hgrn(a: Given) -> Act:
+    return Act("fla/hgrn_sum", (a["x"], a["g"]))
+
+
+def _rwkv4(a: Given) -> Act:
+    """RWKV-4, w before its exponential; states [B, 3, 1, D] are the weighted sum, the weights and the peak."""
+    total, weights, peak = a["state"][:, :, 0].unbind(1)
+
+    def finish(o: Tensor, finals: tuple[Tensor, ...] | None) -> object:
+        assert finals is not None
+        m, sums, over = finals
+        return o, torch.stack([sums, over, m], 1).unsqueeze(2)
+
+    return Act("rwkv4", (a["k"], a["v"], a["w"].float().exp(), a["u"]), states=(peak, total, weights), keep=True, finish=finish)
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------------------
 
 _STATES = "initial_state=None output_final_state=False"
@@ -293,6 +351,13 @@ fused_recurrent_rwkv7 = function(
     "fused_recurrent_rwkv7", "r w k v a b scale=None initial_state=None output_final_state=True cu_seqlens=None", _rwkv7
 )
 fused_mul_recurrent_rwkv7 = function("fused_mul_recurrent_rwkv7", f"r w k v kk a scale=1.0 {_STATES} reverse=False cu_seqlens=None", _rwkv7)
+
+chunk_gsa = function("chunk_gsa", f"q k v s g=None {_STATE} checkpoint_level=2 {_BOTH} **kwargs", _slots)
+fused_recurrent_gsa = function("fused_recurrent_gsa", f"q k v s g=None {_STATE} reverse=False cu_seqlens=None", _slots)
+chunk_abc = function("chunk_abc", f"q k v s {_STATES}", _abc)
+chunk_hgrn = function("chunk_hgrn", f"x g {_STATES}", _hgrn)
+fused_recurrent_hgrn = function("fused_recurrent_hgrn", f"x g {_STATES} cu_seqlens=None", _hgrn)
+fused_recurrent_rwkv4 = function("fused_recurrent_rwkv4", "w u k v state", _rwkv4)
 
 
 def fused_chunk_gla(**kwargs: Any) -> NoReturn:
