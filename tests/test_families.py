@@ -14,6 +14,7 @@ from lagen.spec import read_text
 from lagen.verify import cases, laws
 from lagen.verify.cases import Extent
 from lagen.verify.laws import Subject
+from lagen.verify.sanitize import poisoned
 
 KV = "q: [H, K]; k: [H, K]; v: [HV, V]"
 SPECS = {  # inputs, init, recurrence
@@ -80,6 +81,16 @@ def test_the_recurrence_and_every_gradient(name: str, backend: str | None) -> No
         results = list(laws.judge("families", subject, case, laws.call(subject, None)))
         assert [r for r in results if not r.ok] == []
     assert all(r.ok for r in laws.check(op, variant, backend, laws=("steps", "segments")))
+
+
+@pytest.mark.parametrize("name", ["stages_of_two_heads", "written_by_the_past", "normalised_by_a_vector", "three_stages"])
+def test_stages_in_kernels(name: str) -> None:
+    variant = read_text(spec(name))
+    op = lagen.load(variant)
+    case = cases.make(variant, Extent(35, batch=1, heads=1), carried=True)
+    with poisoned():
+        results = list(laws.judge("families", Subject(op, variant, "triton"), case, laws.call(Subject(op, variant, "triton"), None)))
+    assert [r for r in results if not r.ok] == []
 
 
 @pytest.mark.parametrize("name", ["mlstm", "rwkv4", "abc"])

@@ -153,6 +153,13 @@ class Recurrence:
         """Returns the state called ``name``; raises KeyError."""
         return {s.name: s for s in self.states}[name]
 
+    @property
+    def staged(self) -> bool:
+        """Tells whether a state is written, or read by a vector, that another state's readout makes."""
+        inside = [x for s in self.states for x in s.operands]
+        vectors = [n.args[0] for _, e in self.outputs for n in reads(e, "readout")]
+        return any(reads(x, "readout") for x in (*inside, *vectors))
+
     def verify(self) -> None:
         """Raises AssertionError with the value that breaks the canonical form."""
         seen: set[str] = set()

@@ -19,7 +19,6 @@ from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, readou
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.variant import Tensor
 from lagen.passes.peaks import shares
-from lagen.passes.stages import staged
 
 _CONSTANT = ("const", "size", "scale")
 
@@ -156,7 +155,7 @@ class _Tape:
         self.cotangent: dict[Expr, Expr] = {}
         self.readouts: dict[str, list[tuple[Expr, Expr]]] = {s: [] for s in self.states}
         self.gates: dict[Expr, dict[str, _Gate]] = {}
-        self.staged = staged(recurrence)
+        self.staged = recurrence.staged
         self.reverse: list[State] = []
 
     def order(self, roots: list[Expr]) -> list[Expr]:

@@ -12,7 +12,7 @@ Rules, none of them about a variant:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import Carry
@@ -24,7 +24,7 @@ from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.simplify import factor, simplify
-from lagen.passes.stages import unswept
+from lagen.passes.stages import Stage, stages, unswept
 from lagen.passes.whole_decay import load, others, stored, take_out
 
 ROWS = ("contract", "sum", "mean", "rowmax")
@@ -68,32 +68,28 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         )
     )
     targets = [(outputs[name], e) for name, e in core.outputs] + [(kept[b.name], n) for n, b in saved.items() if b.name in kept]
-    forward = _Pass("forward", core.states, head)
-    forward.settle(targets)
-    backward = _Pass("backward", core.states + back.states, head)
     gradients = [
         (Buffer(f"d{t.name}", head, t.dims, t.token, "own"), e)
         for t, (_, e) in zip(recurrence.inputs + recurrence.params, back.gradients, strict=True)
     ]
-    backward.settle(gradients)
-    sweeps = forward.kernels({s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states})
-    reverse = backward.kernels(
-        {s.name: (f"initial_{s.name}", "") for s in core.states}
-        | {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states},
-        given=core.states,
-    )
-    chunked = take_out("forward", sweeps, head, taken)
-    decayed = stored(chunked)
-    reverse = tuple(load(k, decayed) for k in reverse)
-    undone = take_out("backward", reverse, head, taken)
+    ends = {s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states}
+    taken |= {b.name for b in kept.values()}
+    ahead = _stages("forward", stages(core.states, targets, head, taken), head, ends, (), taken, {})
+    decayed = {n: b for launched in ahead for n, b in stored(launched.chunked).items()}
+    ends = {s.name: (f"initial_{s.name}", "") for s in core.states}
+    ends |= {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states}
+    behind = _stages("backward", stages(core.states + back.states, gradients, head, taken), head, ends, core.states, taken, decayed)
+    undone = {n: b for launched in behind for n, b in stored(launched.chunked).items()}
+    returned = [k for launched in behind for k in (*launched.chunked, *launched.sweeps)]
     # what the forward stores beyond its pair sums serves the backward too
-    kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in (*reverse, *undone))]
+    kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in returned)]
     first = _tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
-    borders = tuple(load(load(_border(s), decayed), stored(undone)) for s in core.states + back.states)
+    whole = len(ahead) == len(behind) == 1  # what crosses between stages is not there when scans are cut
+    borders = tuple(load(load(_border(s), decayed), undone) for s in core.states + back.states) if whole else ()
     made = Plan(
         recurrence.name,
-        (*prepare, *(load(k, others(decayed, k)) for k in chunked), *(load(k, decayed) for k in sweeps)),
-        (*first, *undone, *(load(k, stored(undone)) for k in reverse)),
+        (*prepare, *(k for launched in ahead for k in (*launched.chunked, *launched.sweeps))),
+        (*first, *returned),
         (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
         (*prepared.values(), *kept.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
         core.states + back.states,
@@ -101,6 +97,38 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     )
     made.verify()
     return made
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """The launches of one stage: what decays make of its chunks, then its sweeps."""
+
+    chunked: tuple[Kernel, ...]
+    sweeps: tuple[Kernel, ...]
+
+
+def _stages(
+    name: str,
+    found: tuple[Stage, ...],
+    head: str,
+    ends: dict[str, tuple[str, str]],
+    given: tuple[State, ...],
+    taken: set[str],
+    decayed: dict[Expr, Buffer],
+) -> list[_Launched]:
+    """Makes the launches of a pass, stage by stage; ``decayed`` is what decays made of chunks before."""
+    out: list[_Launched] = []
+    sunk: set[str] = set()
+    for i, stage in enumerate(found):
+        label = name if i == 0 else f"{name}_{i}"
+        one = _Pass(label, stage.states, head, "t" if i == 0 else f"t{i}_")
+        one.settle(list(stage.targets))
+        sweeps = tuple(load(k, decayed) for k in one.kernels(ends, given, sunk))
+        chunked = take_out(label, sweeps, head, taken)
+        decayed = decayed | stored(chunked)
+        out.append(_Launched(tuple(load(k, others(decayed, k)) for k in chunked), tuple(load(k, decayed) for k in sweeps)))
+        given = (*given, *(s for s in stage.states if not s.causal))
+    return out
 
 
 def _loaded(n: Expr) -> bool:
@@ -178,7 +206,8 @@ def _prepared(wanted: list[Expr], names: tuple[tuple[str, Expr], ...], stem: str
 
 def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Buffer]:
     """Chooses which values that depend on forward readouts the backward loads."""
-    after = {n for _, e in recurrence.outputs for n in walk(e) if n.op == "readout" or any(True for _ in E.reads(n, "readout"))}
+    roots = [*(e for _, e in recurrence.outputs), *(x for s in recurrence.states for x in s.operands)]
+    after = {n for n in walk(*roots) if n.op == "readout" or any(True for _ in E.reads(n, "readout"))}
     wanted: list[Expr] = []
 
     def visit(n: Expr) -> Expr | None:
@@ -240,8 +269,9 @@ def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, .
 class _Pass:
     """The sweeps of one pass, filled by ``settle`` and turned into kernels."""
 
-    def __init__(self, name: str, states: tuple[State, ...], head: str) -> None:
+    def __init__(self, name: str, states: tuple[State, ...], head: str, stem: str) -> None:
         self.name = name
+        self.stem = stem  # of what crosses memory inside the pass
         self.states = {s.name: s for s in states}
         self.sweeps: dict[Key, list[Store]] = {}
         self.finish: list[Store] = []
@@ -283,6 +313,10 @@ class _Pass:
         for n in cores:
             if n.op == "suffix":
                 homes = {self.home[r] for a in n.args for r in E.reads(a, "readout") if self.home[r][0]}
+                if not homes:  # an earlier stage stored both sides: any reverse sweep can sum them
+                    homes = set([k for k in self.home.values() if k[0]][:1])
+                if not homes:
+                    raise NotImplementedError(f"no Triton form for a sum over what earlier stages stored: {n}")
                 assert len(homes) == 1, f"a suffix sum over several sweeps: {n}"
                 self.home[n] = homes.pop()
         for key in dict.fromkeys(self.home.values()):
@@ -327,7 +361,7 @@ class _Pass:
         """Lets the sweep store ``e`` for a later kernel and returns the leaf that loads it."""
         if e not in self.temps:
             partial = key[1] if not self.clean(e, key) else ""
-            name = f"t{len(self.temps)}"
+            name = f"{self.stem}{len(self.temps)}"
             buffer = Buffer(name, self.head, e.dims, True, dtype or ("input" if e.dims else "float32"), partial)
             self.sweeps[key].append(Store(buffer, e))
             self.temps[e] = buffer.leaf
@@ -411,10 +445,12 @@ class _Pass:
 
         return E.rewrite(e, rule)
 
-    def kernels(self, ends: dict[str, tuple[str, str]], given: tuple[State, ...] = ()) -> tuple[Kernel, ...]:
-        """Makes the launches: sums over all tokens, sweeps in order of need, then the finish; ``ends`` are the buffers of carries."""
+    def kernels(self, ends: dict[str, tuple[str, str]], given: tuple[State, ...], sunk: set[str]) -> tuple[Kernel, ...]:
+        """Makes the launches: sums over all tokens, sweeps in order of need, then the finish; ``ends`` are the buffers of carries.
+
+        A state's end is stored by the first sweep that carries it; ``sunk`` are those that have been.
+        """
         out = self.sums(given)
-        sunk: set[str] = set()
         for key in sorted({**self.sweeps, **dict(self.closings)}, key=lambda k: k[0]):
             stores = self.sweeps.get(key, [])
             reverse, tile = key

@@ -70,7 +70,8 @@ def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
         grown = [*groups[-1], s]
         pairs = sum(x.value.op == "mix" for x in grown)
         operands = {n for n in walk(*(x.value for x in grown)) if n.op in LEAVES and n.dims}
-        if pairs and (pairs > 2 or len(operands) > 5) and groups[-1]:
+        most = 4 if {"gram", "mul"} <= {x.value.op for x in groups[-1]} else 5
+        if pairs and (pairs > 2 or len(operands) > most) and groups[-1]:
             groups.append([s])
         else:
             groups[-1] = grown
