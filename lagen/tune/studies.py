@@ -127,7 +127,9 @@ def _shared(url: str) -> BaseStorage:
         retry = RetryHeartbeatStaleTrialCallback(max_retry=3)
     for left in reversed(range(STARTS)):
         try:
-            return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError, sqlalchemy.exc.InternalError) as error:
             # workers that start at once make the same tables: all but one fail, and find them made
             if not left:
