@@ -29,9 +29,9 @@ def torch_alone() -> Iterator[None]:
     """Runs the torch evaluation: calls are under test here, kernels elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(call, "load", partial(call.load, printed=()))
-        call.operator.cache_clear()
+        call.LOADED.clear()
         yield
-    call.operator.cache_clear()
+    call.LOADED.clear()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -240,6 +240,12 @@ def test_hints_are_taken_and_the_old_name_of_a_layout_warns() -> None:
     with pytest.warns(DeprecationWarning, match="renamed to `state_v_first`"):
         _, final = fla.fused_recurrent_simple_gla(**x, g=G, output_final_state=True, transpose_state_layout=True)
     torch.testing.assert_close(final, last.mT)
+
+
+def test_a_function_compiles_whole_once_its_operator_is_loaded() -> None:
+    wanted = fla.chunk_gla(**inputs(), g=GK, output_final_state=True)
+    compiled = torch.compile(lambda x, g: fla.chunk_gla(**x, g=g, output_final_state=True), fullgraph=True, backend="aot_eager")
+    close(compiled(inputs(), GK), wanted)
 
 
 # ---- against the installed package ----------------------------------------------------------------------------------------------

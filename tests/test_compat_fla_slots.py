@@ -23,9 +23,9 @@ def torch_alone() -> Iterator[None]:
     """Runs the torch evaluation: calls are under test here, kernels elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(call, "load", partial(call.load, printed=()))
-        call.operator.cache_clear()
+        call.LOADED.clear()
         yield
-    call.operator.cache_clear()
+    call.LOADED.clear()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ import lagen
 from lagen import data
 from lagen.nn import Cache, LinearAttention, ShortConvolution
 from lagen.nn.feed import Feed
+from lagen.runtime.build import build
 from lagen.runtime.operator import ArgumentError, Operator
-from lagen.spec import read_text
+from lagen.spec import read, read_text
 
 SPECS = [path.stem for path in data.specs()]
 DIM, HEADS, B, T = 16, 2, 2, 13
@@ -211,6 +214,15 @@ def test_a_layer_is_copied_and_compiled_whole() -> None:
     mixer, x = layer("gla"), hidden()
     compiled = torch.compile(copy.deepcopy(mixer), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), mixer(x))
+
+
+def test_a_built_package_serves_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build([read(data.spec("gla"))], tmp_path / "layer_ops", printed=())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    mixer = LinearAttention(import_module("layer_ops").gla, DIM, HEADS)
+    torch.manual_seed(0)
+    torch.testing.assert_close(mixer(hidden()), LinearAttention(operator("gla"), DIM, HEADS)(hidden()))
 
 
 # ---- what a spec asks for -------------------------------------------------------------------------------------------------------

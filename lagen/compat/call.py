@@ -11,7 +11,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -53,11 +52,22 @@ class Act:
     finish: Callable[[Tensor, tuple[Tensor, ...] | None], object] | None = None
 
 
-@cache
+LOADED: dict[str, Operator] = {}
+"""Operators in use, by spec: a table that torch.compile can look into, as it cannot into a cached function."""
+
+
 def operator(spec: str) -> Operator:
-    """Loads an operator once: a shipped spec, or with a folder in front one of those that other libraries' functions need."""
+    """Returns an operator, loaded once: a shipped spec, or with a folder in front one of those that other libraries' functions need."""
+    return LOADED[spec] if spec in LOADED else _outside(spec)
+
+
+def _loaded(spec: str) -> Operator:
     folder, _, name = spec.rpartition("/")
-    return load(data.folder("specs") / folder / f"{name}.yaml" if folder else name)
+    LOADED[spec] = load(data.folder("specs") / folder / f"{name}.yaml" if folder else name)
+    return LOADED[spec]
+
+
+_outside: Callable[[str], Operator] = torch.compiler.disable(_loaded)
 
 
 def function(name: str, declared: str, reading: Callable[[Given], Act]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class LinearAttention(nn.Module):
         **sizes: int,
     ) -> None:
         super().__init__()
-        self.operator = spec if isinstance(spec, Operator) else load(spec)
+        self.operator = load(spec) if isinstance(spec, (str, Path, Variant)) else spec  # a built package's has a class of its own
         self.variant = read_text(self.operator.spec.source, self.operator.spec.name)
         self.dim, self.layer, self.length, self.eps = dim, layer, length, eps
         described, variant = self.operator.spec, self.variant
