@@ -63,9 +63,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(len(alphabet), WIDTH)
         self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2 * LAYERS + 1))
         self.mixers = nn.ModuleList(Mixer(operator) for _ in range(LAYERS))
-        self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(LAYERS)
-        )
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(LAYERS))
         self.head = nn.Linear(WIDTH, len(alphabet))
 
     def forward(self, tokens: Tensor, states: list[Tensor] | None = None) -> Tensor:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lagen.emit.peaks import next_peak, peak_tile, store_before
 from lagen.emit.statements import Statements, Tile
+from lagen.emit.step_statements import StepStatements
 from lagen.emit.templates import environment
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, ROW, Carry
@@ -38,6 +40,10 @@ class SweepStatements(Statements):
         self.kernel = kernel
         self.across: list[str] = []  # running suffix sums, moved on at the chunk's end
 
+    def make_peak(self, n: Expr) -> Tile:
+        """Prints a running maximum at every token."""
+        return peak_tile(self, n)
+
     def make_suffix(self, n: Expr) -> Tile:
         """Prints a suffix sum: reversed inside the chunk, carried across chunks, closed by the final states' gradient."""
         reads, writes, closing = n.args
@@ -53,27 +59,6 @@ class SweepStatements(Statements):
         self.across.append(f"{name} += tl.sum({diff.text}, axis=0)")
         carried = f"{name}[None, :]" if n.dims else name
         return self.let("b_dgs", f"tl.cumsum({diff.text}, axis=0, reverse=True) + {carried}", axes)
-
-
-class StepStatements(Statements):
-    """Statements of a single token: states are tiles, readouts are sums."""
-
-    def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], states: dict[str, State]) -> None:
-        super().__init__(names, roots, rows=False)
-        self.states = states
-
-    def make_readout(self, n: Expr) -> Tile:
-        """Prints a readout of the state before, after, or just decayed."""
-        state, dim, at = self.states[n.name], n.attr("dim"), n.attr("at")
-        held = f"b_{state.name}" + {"previous": "", "decayed": "_d", "now": "_n"}[at]
-        axes = state.dims
-        vector = self.wide(n.args[0])
-        if not dim:
-            text = held if n.args[0] == E.ONE else f"{self.spread(vector, axes)} * {held}"
-            return self.let("b_r", text, axes)
-        rest = tuple(d for d in axes if d != dim)
-        clean = self.guarded(n.args[0])
-        return self.let("b_r", f"tl.sum({self.spread(clean, axes)} * {held}, axis={axes.index(dim)})", rest)
 
 
 def print_kernel(
@@ -327,7 +312,8 @@ class _Kernel:
         carry, state = hold.carry, self.states[hold.carry.state]
         tile = self.declare(carry)
         shape = ", ".join(f"B{a}" for a in tile.axes)
-        zero = f"tl.zeros([{shape}], tl.float32)" if shape else "0.0"
+        zero = f"tl.full([{shape}], {state.init!r}, tl.float32)" if shape else repr(state.init)
+        zero = zero if state.init or not shape else f"tl.zeros([{shape}], tl.float32)"
         if not hold.source:
             self.before.append(f"{tile.text} = {zero}")
             return
@@ -359,6 +345,8 @@ class _Kernel:
         """Prints a carry's next value, in place of the accumulator, and names it."""
         out = self.out
         held = out.tiles[carry.value]
+        if carry.peak is not None:
+            return next_peak(out, carry)
         if carry.terms and len(held.axes) == 2 and self.kernel.stores:  # keep the old value as an operand before it is overwritten
             key = Expr("cast", (carry.value,), dims=carry.value.dims)
             out.tiles[key] = out.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
@@ -407,6 +395,12 @@ class _Kernel:
     def store(self, store: Store) -> None:
         """Prints a store; partial sums go to their tile's share."""
         out, b = self.out, store.buffer
+        if store.value.op == "peak" and store.value.attr("at") == "previous":
+            peak = next(h.carry for h in self.kernel.holds if h.carry.peak is not None)
+            assert peak.peak is not None, peak
+            lines, alone = store_before(out, b, out.tile(peak.peak), out.tiles[peak.value]), self.alone(b.head, b.dims)
+            out.lines += [f"if {alone}:", *(f"    {x}" for x in lines)] if alone else lines
+            return
         axes = ((ROW,) if out.rows and b.token and not b.per else ()) + tuple(sorted(b.dims))
         value = out.wide(store.value)
         self.write(b, axes, value)
@@ -508,6 +502,10 @@ class _Kernel:
             axes = state.dims
             at, mask = self.step_place(state, f"state_{state.name}")
             out.lines.append(f"{name} = tl.load({at}, mask={mask}, other=0.0)" if mask else f"{name} = tl.load({at})")
+            if state.peak:
+                past = " + ".join([name, *(out.spread(out.wide(g), axes) for g in state.decay)])
+                out.lines.append(f"{name}_n = tl.maximum({past}, {out.spread(out.wide(state.writes[0].row), axes)})")
+                continue
             factors = [out.spread(Tile(f"tl.exp({out.wide(g).text})", out.axes(g)), axes) for g in state.decay]
             out.lines.append(f"{name}_d = " + " * ".join([name, *factors]))
             terms = [f"{name}_d"]

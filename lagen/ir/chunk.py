@@ -13,6 +13,7 @@ ir/expr.py there are:
     flip(A)                  pair scores with rows and columns exchanged                                          [C, C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
+    peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
     suffix(x, y)             as in ir/recurrence.py, over the chunks of a reverse sweep                          [C, ..]
 
 Every exponent is <= 0. What it is not: no memory and no kernels. Who makes it: passes/chunk. Who reads it: passes/plan, emit/.
@@ -29,7 +30,7 @@ from lagen.ir.expr import Expr, show, walk
 ROW, COL = "@", "#"
 """The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
-TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col")
+TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Carry:
     factors: tuple[Expr, ...]
     terms: tuple[Term, ...]
     updated: bool = True
+    peak: Expr | None = None  # of a running maximum: what it is after each token of the chunk
 
     @property
     def value(self) -> Expr:
@@ -63,6 +65,8 @@ class Carry:
     def __str__(self) -> str:
         if not self.updated:
             return f"{self.state} [{self.x}, {self.y}] given"
+        if self.peak is not None:
+            return f"{self.state} [{self.y}] <- {show(self.peak)} after the last token"
         factor = "".join(f"{f} * " for f in self.factors)
         return f"{self.state} [{self.x}, {self.y}] <- {factor}{self.state}" + "".join(f" + ({t.near})^T ({t.far})" for t in self.terms)
 

@@ -23,6 +23,7 @@ from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
+from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.simplify import factor, simplify
 from lagen.passes.stages import Stage, stages, unswept
 from lagen.passes.whole_decay import load, others, stored, take_out
@@ -49,6 +50,12 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     table = {n: b.leaf for n, b in prepared.items()}
     core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
     back = _map_adjoint(back, lambda e: E.substitute(e, table))
+    stepped = core
+    roots = [*(e for _, e in core.outputs), *_operands(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
+    peaks, maxima = peak_sweeps(core.states, roots, taken)
+    maximum = {n: b.leaf for n, b in maxima.items()}
+    core = _map_recurrence(replace(core, states=tuple(s for s in core.states if not s.peak)), lambda e: E.substitute(e, maximum))
+    back = _map_adjoint(back, lambda e: E.substitute(e, maximum))
     saved = _saved(core, back, head)
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
     loads = {n: b.leaf for n, b in saved.items()}
@@ -84,15 +91,15 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     # what the forward stores beyond its pair sums serves the backward too
     kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in returned)]
     first = _tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
-    whole = len(ahead) == len(behind) == 1  # what crosses between stages is not there when scans are cut
+    whole = len(ahead) == len(behind) == 1 and not peaks  # what crosses between stages is not there when scans are cut
     borders = tuple(load(load(_border(s), decayed), undone) for s in core.states + back.states) if whole else ()
     made = Plan(
         recurrence.name,
-        (*prepare, *(k for launched in ahead for k in (*launched.chunked, *launched.sweeps))),
+        (*prepare, *peaks, *(k for launched in ahead for k in (*launched.chunked, *launched.sweeps))),
         (*first, *returned),
-        (*prepare, *_step(core, outputs)) if all(s.causal for s in core.states) else (),
-        (*prepared.values(), *kept.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
-        core.states + back.states,
+        (*prepare, *_step(stepped, outputs)) if all(s.causal for s in core.states) else (),
+        (*prepared.values(), *kept.values(), *maxima.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
+        stepped.states + back.states,
         borders if all(s.causal and s.head == head for s in core.states) else (),
     )
     made.verify()

@@ -31,8 +31,6 @@ def unswept(recurrence: Recurrence) -> str:
     for s in recurrence.states:
         for u in s.solves:
             return f"no Triton form for a correction yet: {u}"
-        if s.peak:
-            return f"no Triton form for the peak {s.name}"
         if s.dense:
             return f"no Triton form for the dense decay of {s.name}"
     return ""
