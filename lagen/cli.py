@@ -228,6 +228,7 @@ def targets(as_json: bool) -> None:
 @click.option("--chunk", type=click.IntRange(1), help="Chunk size; the spec's default where not given.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Size of one dim by name; may repeat.")
 @click.option("--states", is_flag=True, help="With initial and final states.")
+@click.option("--sequences", type=click.IntRange(0), default=0, help="So many packed sequences of B * T tokens; a step over a pool.")
 @click.option("--timeout", default=180.0, show_default=True, help="Seconds for one kernel.")
 @click.option("--workers", type=click.IntRange(1), help="Kernels at a time; one a core where not given.")
 @click.option("--fill", is_flag=True, help="Keep the machine code in Triton's own cache (TRITON_CACHE_DIR), for the device's first call.")

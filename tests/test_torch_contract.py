@@ -118,6 +118,16 @@ def test_autocast_narrows_inputs_and_leaves_gates_and_states(name: str) -> None:
         assert flat(o)[0].dtype == (torch.float32 if first else torch.bfloat16)
 
 
+def test_a_step_that_went_before_is_cast_too() -> None:
+    _, _, tensors, (state,) = given("gla")
+    op = lagen.load("gla")
+    token = [x[:, 0] for x in tensors]
+    for _ in range(2):
+        assert op.step(*token, state)[0].dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert op.step(*token, state)[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["gla", "mamba2", "efficient_attention", "gated_deltanet"])
 def test_a_mapped_dim_is_a_call_for_each_of_its_elements(name: str) -> None:
     variant, op, _, _ = given(name)

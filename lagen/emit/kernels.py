@@ -159,7 +159,7 @@ class _Kernel:
             if token:
                 batch = f" + i_b * {name}_sb" + (f" + {head} * {name}_sh" if head else "")
                 batch += f" + {'c_0' if per else 't_0'} * {name}_st" if self.out.rows else ""
-                lines.append(f"p_{name} = {name}" + batch + (f" + i_y * {name}_sp" if share else ""))
+                lines.append(f"p_{name} = {name}" + batch + (f" + i_y.to(tl.int64) * {name}_sp" if share else ""))
             else:
                 assert leaf is not None
                 size = " * ".join(leaf.dims)
@@ -240,7 +240,7 @@ class _Kernel:
         """Lists the compile-time facts about optional operands."""
         if self.kernel.kind != "sweep":
             return ["IS_VARLEN" if self.out.rows else "HAS_SLOTS"]
-        flags = ["IS_VARLEN", *(f"HAS_{name.upper()}" for name, _ in self.pointers)]
+        flags = ["IS_VARLEN", "IS_WIDE", *(f"HAS_{name.upper()}" for name, _ in self.pointers)]
         if self.kernel.closings or any(E.reads(s.value, "suffix") for s in self.kernel.stores):
             flags.append("HAS_CLOSING")
         return flags
@@ -413,7 +413,7 @@ class _Kernel:
             text = value.text
         at = [f"p_{b.name}"]
         if b.per:
-            at.append(f"i_c * {b.name}_st")
+            at += [f"i_c * {b.name}_st"] * out.chunked
         elif b.token and out.rows:
             at.append(out.spread(Tile("o_t", (ROW,)), axes) + f" * {b.name}_st")
         at += [out.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in b.dims]
@@ -563,11 +563,12 @@ class _Kernel:
                     tile = single.load(n)
                     out.loads[n.name] = n
                     shape = ", ".join({ROW: "BT"}.get(a, f"B{a}") for a in tile.axes)
-                    load = single.lines[0].split(" = ", 1)[1].split("  #")[0].replace(f"p_{n.name}", f"p_{n.name} + i * {n.name}_sp", 1)
+                    load = single.lines[0].split(" = ", 1)[1].split("  #")[0]
                     out.lines += [
                         f"{tile.text} = tl.zeros([{shape}], tl.float32)",
                         f"for i in range(N{part}):",
                         f"    {tile.text} += {load}",
+                        f"    p_{n.name} += {n.name}_sp",
                     ]
                     out.tiles[n] = Tile(tile.text, tile.axes)
         for store in self.kernel.stores:

@@ -53,6 +53,7 @@ class Statements:
         self.lines: list[str] = []
         self.tiles: dict[Expr, Tile] = {}
         self.exact: frozenset[str] = frozenset()  # tensors that hold float32 whatever the inputs do
+        self.chunked = rows_end == "m_end"  # whether a program goes from chunk to chunk
         self.rows = rows  # whether tiles have a token axis (the step kernel has none)
         self.rows_end = rows_end  # the row behind the sequence's last token
         self.used: set[str] = set()
@@ -155,7 +156,7 @@ class Statements:
         lanes = [self.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
         if n.token and self.rows:
             lanes.insert(0, f"{self.spread(Tile(row, (ROW,)), axes)} * {n.name}_st")
-        if dict(n.attrs).get("per"):
+        if dict(n.attrs).get("per") and self.chunked:
             lanes.insert(0, f"i_c * {n.name}_st")
         at = " + ".join([f"p_{n.name}", f"({' + '.join(lanes)})" if len(lanes) > 1 else lanes[0]] if lanes else [f"p_{n.name}"])
         mask = self.mask(axes)

@@ -338,6 +338,8 @@ class _Module:
             args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)")
         flags = ["slots is not None" if k.kind == "step" else "False" if step else "cu_seqlens is not None"]
+        if k.kind == "sweep":
+            flags.append(f"{'T' if k in self.plan.borders else 'SEG * BT'} * widest >= 2**31")
         flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states] if k.kind == "sweep" else []
         if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
             flags.append("closed")
@@ -365,15 +367,17 @@ class _Module:
             return self.buffers[name].token
         return all(t.token for t in self.tensors if t.name == name)
 
-    def segments(self, kernels: tuple[Kernel, ...], exact: str) -> list[str]:
-        """Prints how a pass cuts its scans."""
+    def segments(self, kernels: tuple[Kernel, ...], exact: str, tensors: tuple[Tensor, ...]) -> list[str]:
+        """Prints how a pass cuts its scans; ``tensors`` are those with tokens that it is given."""
         sweeps = [k for k in kernels if k.kind == "sweep"]
+        held = [d for k in kernels for d in self.kernel_dims(k)]
+        own = f"HV * max({', '.join(['BT', *dict.fromkeys(held)])})"
+        wide = f"widest = max({own}, *(x.stride(1) for x in ({', '.join(t.name for t in tensors)},)))  # elements a token of any tensor"
         if not self.plan.borders:
-            return ["SEG, NSEG, cut = _cut(max(1, triton.cdiv(T, BT)), BT, T, cu_seqlens)"]
+            return [wide, "SEG, NSEG, cut = _cut(max(1, triton.cdiv(T, BT)), BT, T, cu_seqlens)"]
         tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
-        longest = f"(2**31 - 1) // (BT * max(x.stride(1) for x in ({', '.join(t.name for t in self.r.inputs)},)))"
-        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), {longest}, {exact}, tuned.get('segment', 0)"
-        return [f"SEG, NSEG, cut = _cut(FORM or _segments({call})[0], BT, T, cu_seqlens)"]
+        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), (2**31 - 1) // (BT * widest), {exact}"
+        return [wide, f"SEG, NSEG, cut = _cut(FORM or _segments({call}, tuned.get('segment', 0))[0], BT, T, cu_seqlens)"]
 
     def borders(self, states: tuple[State, ...]) -> list[Kernel]:
         """Lists the launches that store ``states`` at segments' borders."""
@@ -427,7 +431,7 @@ class _Module:
         lines = (
             self.sizes(step=False)
             + self.tiles([*self.borders(self.r.states), *self.plan.forward], "forward")
-            + self.segments(self.plan.forward, "False")
+            + self.segments(self.plan.forward, "False", self.r.inputs)
         )
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += [f"start_{s.name} = initial_{s.name}" for s in self.r.states]
@@ -453,20 +457,17 @@ class _Module:
         self.done = done
         gated = any(k.closings for k in self.plan.backward)
         exact = "dtype == torch.float32" if gated else "False"
-        lines = (
-            self.sizes(step=False)
-            + self.tiles([*self.plan.borders, *self.plan.backward], "backward")
-            + self.segments(self.plan.backward, exact)
-        )
+        lines = self.sizes(step=False) + self.tiles([*self.plan.borders, *self.plan.backward], "backward")
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
         lines += [f"start_{s.name}, after_{s.name} = initial_{s.name}, dfinal_{s.name}" for s in self.r.states]
-        lines.append("closed = cut or d_final_states is not None")
         lines.append(f"{', '.join(n for n, _ in self.r.outputs)}, = map(_unit, outputs)")
         lines.append(f"{', '.join(t.name for t in self.a.cotangents)}, = map(_unit, d_outputs)")
         for t in (t for t in self.a.cotangents if t.head != self.top):  # else each head of a group would send it back
             lines.append(f"{t.name}, narrow = {t.name}.new_zeros(B, T, HV, *{t.name}.shape[{2 + bool(t.head)}:]), {t.name}")
             lines.append(f"{t.name}[:, :, {'::G' if t.head else '0'}] = narrow")
+        lines += self.segments(self.plan.backward, exact, (*self.r.inputs, *self.a.cotangents))
+        lines.append("closed = cut or d_final_states is not None")
         if self.plan.saved:
             lines.append(f"{', '.join(b.name for b in self.plan.saved)}, = saved")
         for s in (s for s in self.a.states if s.name != f"d{s.of}"):

@@ -420,9 +420,12 @@ class CppBackend:
     def again(self, tensors: Tensors, states: Tensors) -> Tensors | None:
         """Takes a step past the dispatcher; returns None where no such step was noted, or where the dispatcher has something to do.
 
-        That is where a mode or a transform watches, where a tensor is of another class or wants a gradient, or shares the state's memory.
+        That is where a mode, autocast or a transform watches, where a tensor is of another class, wants a gradient, or shares the
+        state's memory.
         """
         if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        if torch.is_autocast_enabled("cpu"):
             return None
         whole, grad = (*tensors, *states), torch.is_grad_enabled()
         key: list[object] = [threads()]

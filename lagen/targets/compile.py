@@ -30,7 +30,7 @@ from lagen import data
 from lagen.targets.launch import FP_FUSION, Constant, Launch, describe
 from lagen.targets.target import Target
 
-FORM = 2
+FORM = 3
 """Of the remembered reports; a change of what they hold makes the old ones unread."""
 
 
@@ -40,7 +40,8 @@ class Report:
 
     ``spill_bytes`` is the thread's stack where instructions touch it; ``spill_instructions`` how many do. ``failure`` is empty, or
     says why there is no machine code. ``mix`` counts instructions by kind, ``nest`` is what one program does (targets/work, as JSON),
-    ``code`` the digest of the instructions. ``seconds`` is the compiler's time when it really ran, also where ``remembered``.
+    ``code`` the digest of the instructions, ``short_offsets`` how often a pointer (not a tile of them) is moved by 32 bits.
+    ``seconds`` is the compiler's time when it really ran, also where ``remembered``.
     """
 
     kernel: str
@@ -55,6 +56,7 @@ class Report:
     mix: Mapping[str, int] = field(default_factory=dict)
     nest: Mapping[str, Any] = field(default_factory=dict)
     code: str = ""
+    short_offsets: int = 0
     failure: str = ""
     remembered: bool = False
 

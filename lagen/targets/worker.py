@@ -140,6 +140,7 @@ def build(launch: dict[str, Any]) -> dict[str, Any]:
     return {
         **found,
         "nest": count(compiled.asm["ttir"]).to_json(),
+        "short_offsets": len(re.findall(r"tt\.addptr [^:]*: !tt\.ptr<\w+>, i32", compiled.asm["ttir"])),
         "shared_bytes": int(compiled.metadata.shared),
         "seconds": round(seconds, 3),
     }
