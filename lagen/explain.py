@@ -205,7 +205,7 @@ def _forms() -> str:
     target = find("cuda:90")
     lines = []
     for b, t, h in ((1, 8192, 8), (1, 65536, 1), (4, 4096, 16)):
-        why = segments(b * h * 2, t // 64, target.processors, 1 << 20, exact=False)[1]
+        why = segments(b * h * 2, t // 64, target.processors, 1 << 20)[1]
         lines.append(f"B={b} T={t} H={h} K=V=128 bf16 on {target.name}: {why}")
     return _section("forms of a scan", lines)
 

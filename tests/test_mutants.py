@@ -36,10 +36,12 @@ MUTATIONS = {
     "the wrong head": ("backward_rev_v", r"p_k = k \+ i_b \* k_sb \+ i_h \*", "p_k = k + i_b * k_sb + i_hv *"),
     "a state that is not decayed": ("forward_fwd_v", r"b_S \* e_t", "b_S"),
     "a state that comes a chunk early": ("forward_fwd_v", r"b_S_d, input", "b_S_n, input"),
-    "chunks in the wrong order": ("cut_ds", r"i_c = count - 1 - i\b", "i_c = i"),
+    "chunks in the wrong order": ("backward_rev_k", r"i_c = count - 1 - i\b", "i_c = i"),
     "a missing scale": ("backward_fwd_k", r"b_A \* scale", "b_A"),
-    "a closing left out": ("backward_rev_k", r"b_closing_S = tl\.load\(.*\)", "b_closing_S = 0.0"),
-    "a suffix from the wrong end": ("backward_rev_k", r", reverse=True\)", ")"),
+    "pairs around a chunk left out": ("backward_rev_k", r"b_met = tl\.sum\(.*\)", "b_met = 0.0"),
+    "the mark of another chunk": ("backward_fwd_k", r"i_c \* K \* V", "0 * i_c"),
+    "pairs from the wrong side": ("lg_spans", r"o\[:, None\] < o\[None, :\]", "o[:, None] > o[None, :]"),
+    "writers that count themselves": ("lg_suffix", r"tl\.maximum\(o - 1, 0\)", "o"),
     "an initial state left out": ("step", r"b_S = tl\.load\((.*)\)", r"b_S = 0.0 * tl.load(\1)"),
 }
 """By name: the kernel, what is looked for in it, and what stands there instead."""

@@ -17,7 +17,7 @@ from lagen.ir import expr as E
 from lagen.ir.chunk import chunk_graph
 from lagen.ir.expr import Expr, walk
 from lagen.ir.plan import Buffer, Kernel, Plan, Store
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, readout
+from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings, readout
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.cut import cut
@@ -198,8 +198,9 @@ def test_a_plan_that_loses_a_launch_or_a_saved_value_is_refused(name: str) -> No
         for i in range(len(kernels)):
             broken = replace(made, **{pass_: kernels[:i] + kernels[i + 1 :]})
             feeds = {s.buffer.name for s in kernels[i].stores} | {h.sink for h in kernels[i].holds if h.sink}
-            feeds |= {c.buffer.name for c in kernels[i].closings}
-            later = {n.name for k in (*kernels[i + 1 :], *(made.borders if pass_ == "backward" else ())) for n in walk(*k.values)}
+            feeds |= {h.mark for h in kernels[i].holds if h.mark}
+            nodes = [n for k in (*kernels[i + 1 :], *(made.borders if pass_ == "backward" else ())) for n in walk(*k.values)]
+            later = {n.name for n in nodes} | {f"mark_{s}" for n in nodes if n.op == "suffix" for s, _ in closings(n)}
             if feeds & (later | ({b.name for b in made.saved} if pass_ == "forward" else set())):
                 needed += 1
                 with pytest.raises(AssertionError):

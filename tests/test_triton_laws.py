@@ -26,8 +26,6 @@ from lagen.verify.sanitize import poisoned
 
 PATHS = {path.stem: path for path in data.specs() if not unswept(canonicalise(read(path)))}
 GATED = ("gla", "simple_gla", "rwkv6", "mamba2")
-CANCELLING = {"mamba2": {"dA_log": 2e-4}}
-"""A closed gate's gradient is a difference of sums over its chunk, and dA_log multiplies what rounding leaves of it by the gate."""
 SMALL = (("K", 9), ("V", 7), ("M", 6))
 
 
@@ -51,10 +49,10 @@ def judged(op: Operator, variant: Variant, case: Case) -> list[LawResult]:
         return list(laws.judge("interpreted", subject, case, laws.call(subject, None)))
 
 
-def broken(results: list[LawResult], loose: dict[str, float] | None = None) -> list[LawResult]:
-    """Lists the results beyond their limits; ``loose`` gives some tensors other limits."""
+def broken(results: list[LawResult]) -> list[LawResult]:
+    """Lists the results beyond their limits."""
     assert results
-    return [r for r in results if r.error > max(r.limit, (loose or {}).get(r.tensor, 0.0))]
+    return [r for r in results if not r.ok]
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))
@@ -82,7 +80,7 @@ def test_step_and_short_sequences_are_the_recurrence(name: str) -> None:
 def test_strong_gates_keep_their_digits(name: str, regime: str) -> None:
     variant = read(PATHS[name])
     case = cases.make(variant, Extent(variant.chunk_default + 3, batch=1, heads=1, dims=SMALL), regime, carried=True)
-    assert broken(judged(lagen.load(variant), variant, case), CANCELLING.get(name)) == []
+    assert broken(judged(lagen.load(variant), variant, case)) == []
 
 
 @pytest.mark.parametrize("name", [*GATED, "linear_attention"])

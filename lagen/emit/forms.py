@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 
-def segments(programs: int, chunks: int, processors: int, longest: int, exact: bool, chosen: int = 0) -> tuple[int, str]:
+def segments(programs: int, chunks: int, processors: int, longest: int, chosen: int = 0) -> tuple[int, str]:
     """Chooses how many chunks a program runs through, and says why.
 
     ``programs`` are those of a fused scan (batch x heads x tiles), ``processors`` the device's, ``longest`` the chunks whose offsets
-    fit 32 bits; ``exact`` asks for a gate's gradient closed at every chunk; ``chosen`` is what the tuner found, 0 where it did not.
+    fit 32 bits; ``chosen`` is what the tuner found, 0 where it did not.
     """
     if chunks <= 1:
         return 1, "fused: one chunk"
-    if exact:
-        return 1, "split: float32 gates are closed at every chunk, so that no rounding drifts through the sequence"
     if chosen:
         length = min(chosen, longest, chunks)
         return length, f"segments of {length} chunks were chosen"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lagen.emit.peaks import next_peak, peak_tile, store_before
-from lagen.emit.statements import Statements, Tile
+from lagen.emit.statements import Statements, Tile, finite
 from lagen.emit.step_statements import StepStatements
 from lagen.emit.templates import environment
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, ROW, Carry
 from lagen.ir.expr import Expr
-from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Store
-from lagen.ir.recurrence import Recurrence, State
-from lagen.passes.chunk import strip
+from lagen.ir.plan import Buffer, Hold, Kernel, Store
+from lagen.ir.recurrence import Recurrence, State, closings
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Printed:
 
     kernel: Kernel
     source: str
+    signature: tuple[str, ...]
     tensors: tuple[tuple[str, Buffer | None], ...]  # pointer arguments with strides: inputs, stored, outputs
     states: tuple[tuple[str, State], ...]  # pointer arguments of states (name, layout)
     prelude: tuple[str, ...]
@@ -38,27 +38,35 @@ class SweepStatements(Statements):
     def __init__(self, kernel: Kernel, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr]) -> None:
         super().__init__(names, roots)
         self.kernel = kernel
-        self.across: list[str] = []  # running suffix sums, moved on at the chunk's end
+        self.meetings: dict[Expr, str] = {}  # of a suffix sum: the pairs around the chunk
+
+    def make_spans(self, n: Expr) -> Tile:
+        """Prints for every token the pairs that it lies between, as far as readers and their chunk give them."""
+        self.prelude.add("lg_spans")
+        total, carried = self.wide(n.args[0]), self.guarded(n.args[1])
+        texts = []
+        for weight, pairs, meeting in zip(n.args[2::3], n.args[3::3], n.args[4::3], strict=True):
+            weights = self.weights(Expr("mix", (weight, pairs), token=True))
+            texts.append(f"{weights.text} * {self.spread(self.wide(meeting), (ROW, COL))}")
+        text = " + ".join(texts)
+        if not all(map(finite, n.args[2:])):
+            text = f"tl.where(m_t[:, None], {text}, 0.0)"
+        met = self.let("b_M", text, (ROW, COL))
+        return self.let("b_spans", f"lg_spans({total.text}, {carried.text}, {met.text}, BT, DT, PRECISION)", (ROW,))
 
     def make_peak(self, n: Expr) -> Tile:
         """Prints a running maximum at every token."""
         return peak_tile(self, n)
 
     def make_suffix(self, n: Expr) -> Tile:
-        """Prints a suffix sum: reversed inside the chunk, carried across chunks, closed by the final states' gradient."""
-        reads, writes, closing = n.args
-        axes = (ROW, *n.dims)
-        self.loads[closing.name] = closing
-        name = f"b_{closing.name}"
-        last = self.spread(Tile("(o_t == t_last)", (ROW,)), axes)
-        y = self.guarded(writes)
-        # the last token's own write meets the final state without decay
-        text = f"tl.where({last}, 0.0, {self.spread(y, axes)})"
-        z = f"{self.spread(self.wide(reads), axes)} - {text}" if reads != E.ZERO else f"-{text}"
-        diff = self.let("b_dg", z, axes)
-        self.across.append(f"{name} += tl.sum({diff.text}, axis=0)")
-        carried = f"{name}[None, :]" if n.dims else name
-        return self.let("b_dgs", f"tl.cumsum({diff.text}, axis=0, reverse=True) + {carried}", axes)
+        """Prints a log-decay's gradient: what readers give, what the chunk's writers gave those after it, what spans the chunk."""
+        far, axes = self.meetings[n], (ROW, *n.dims)
+        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.guarded(n.args[2])
+        device = "lg_suffix_rows" if n.dims else "lg_suffix"
+        self.prelude.add(device)
+        sides = ", ".join([*(self.spread(x, axes) for x in (reads, carried, rest)), self.spread(Tile(far, n.dims), axes)])
+        flags = "BT, DT, PRECISION" if n.dims else f"BT, {'DT == tl.float32' if n.attr('reads') == 'spans' else 'False'}"
+        return self.let("b_dg", f"{device}({sides}, {flags})", axes)
 
 
 def print_kernel(
@@ -104,6 +112,7 @@ class _Kernel:
         source = template.render(
             kernel=self.kernel,
             looped=any(s.value.op == "gram" for s in self.kernel.stores),
+            role=bool(self.kernel.launch),
             signature=signature,
             doc=self.doc(),
             used=frozenset(re.findall(r"\w+", text)),
@@ -112,7 +121,9 @@ class _Kernel:
             after=self.after,
         )
         tensors = tuple((n, self.buffer(n)) for n in self.tensor_names())
-        return Printed(self.kernel, source, tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims, self.extra(dims))
+        return Printed(
+            self.kernel, source, tuple(signature), tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims, self.extra(dims)
+        )
 
     # -- parts --------------------------------------------------------------------------------------------------------------------
 
@@ -148,9 +159,6 @@ class _Kernel:
             stored = self.buffer(name)
             token = stored.token if stored else (leaf.token if leaf is not None else False)
             head = self.index(stored.head if stored else self.heads[name])
-            is_closing = any(a.name == name for s in self.kernel.stores for n in E.reads(s.value, "suffix") for a in n.args[2:])
-            if is_closing or (stored and stored in [c.buffer for c in self.kernel.closings]):
-                continue
             if stored and not token:
                 continue
             per = stored.per if stored else dict(leaf.attrs).get("per", "") if leaf is not None else ""
@@ -204,7 +212,6 @@ class _Kernel:
             strides = [f"{name}_sb", f"{name}_st", *([f"{name}_sh"] if head else []), *([f"{name}_sp"] if part else [])]
             lines.append(", ".join([name, *strides]))
         lines += [name for name, _ in self.pointers]
-        lines += [c.buffer.name for c in self.kernel.closings]
         if self.out.scaled:
             lines.append("scale")
         lines.append("cu_seqlens, NSEQ" if self.out.rows else "slots")
@@ -215,7 +222,8 @@ class _Kernel:
         elif self.kernel.kind == "tokens":
             lines.append("T, HV, G, NC" + "".join(f", N{p}" for p in sorted(self.shares())))
         else:
-            lines.append("T, HV, G, NY, NSEG, SEG, LEVELS" + (", EVERY, NB" if self.is_border() else ""))
+            names = {name.partition("_")[0] for name, _ in self.pointers}
+            lines.append("T, HV, G, NY, NSEG, SEG, LEVELS" + (", EVERY, NB" if "border" in names else ", NC" if "mark" in names else ""))
         if self.out.rows:
             lines.append("BT: tl.constexpr")
         if dims:
@@ -228,10 +236,6 @@ class _Kernel:
             lines.append(", ".join(f"{f}: tl.constexpr" for f in flags))
         return lines
 
-    def is_border(self) -> bool:
-        """Tells whether the kernel stores its carry at every segment's border."""
-        return any(h.sink.startswith("border_") for h in self.kernel.holds)
-
     def extra(self, dims: tuple[str, ...]) -> tuple[str, ...]:
         """Lists dims that no tile has but whose size a value uses."""
         return tuple(sorted(self.out.sizes - set(dims)))
@@ -240,10 +244,7 @@ class _Kernel:
         """Lists the compile-time facts about optional operands."""
         if self.kernel.kind != "sweep":
             return ["IS_VARLEN" if self.out.rows else "HAS_SLOTS"]
-        flags = ["IS_VARLEN", "IS_WIDE", *(f"HAS_{name.upper()}" for name, _ in self.pointers)]
-        if self.kernel.closings or any(E.reads(s.value, "suffix") for s in self.kernel.stores):
-            flags.append("HAS_CLOSING")
-        return flags
+        return ["IS_VARLEN", "IS_WIDE", *(f"HAS_{name.upper()}" for name, _ in self.pointers if not name.startswith("mark_"))]
 
     def shares(self) -> set[str]:
         """Lists the dims whose tiles' shares the kernel sums."""
@@ -291,20 +292,18 @@ class _Kernel:
             self.start(hold)
             if hold.sink.startswith("border_"):
                 self.border(hold)
-        if any(E.reads(s.value, "suffix") for s in self.kernel.stores) or self.kernel.closings:
-            out.head.append("t_last = tl.minimum(count * BT, m_end) - 1 if HAS_CLOSING else -1")
+        for hold in self.kernel.holds:
+            if hold.mark:
+                self.mark(hold)
+        for n in dict.fromkeys(n for s in self.kernel.stores for n in E.reads(s.value, "suffix")):
+            self.meet(n)
         news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
         for store in self.kernel.stores:
             self.store(store)
-        for store in self.kernel.stores:
-            for n in E.reads(store.value, "suffix"):
-                self.open(n)
-        lines = [*out.lines, *out.across, *(f"b_{h.carry.state} = {new}" for h, new in news)]
+        lines = [*out.lines, *(f"b_{h.carry.state} = {new}" for h, new in news)]
         for hold in self.kernel.holds:
             if not hold.sink.startswith("border_"):
                 self.finish(hold)
-        for closing in self.kernel.closings:
-            self.close(closing)
         return lines
 
     def start(self, hold: Hold) -> None:
@@ -341,6 +340,48 @@ class _Kernel:
         self.after += ["if IS_VARLEN:", "    if count == 0:  # an empty sequence", f"        {store('r_0')}"]
         self.pointers.append((hold.sink, state))
 
+    def mark(self, hold: Hold) -> None:
+        """Prints the store of a carry as the chunk begins."""
+        carry = hold.carry
+        axes = tuple(d for d in (carry.x, carry.y) if d)
+        held = self.out.operand_of(carry.value) if len(axes) == 2 else self.out.tiles[carry.value]
+        alone, mask = self.alone(self.top, axes), self.out.mask(axes)
+        store = f"tl.store({self.marked(hold.mark, carry)}, {held.text}" + (f", mask={mask})" if mask else ")")
+        self.out.lines += [f"if {alone}:", f"    {store}"] if alone else [store]
+
+    def marked(self, name: str, carry: Carry) -> str:
+        """Prints the pointer to what is kept of a carry as this chunk begins."""
+        state = replace(self.states[carry.state], name=name, head=self.top)
+        if (name, state) not in self.pointers:
+            self.pointers.append((name, state))
+        base = f"p_{name} = {name} + ((i_b * HV + i_hv) * NC + c_0)" + "".join(f" * {d}" for d in state.dims)
+        if base not in self.out.head:
+            self.out.head.append(base)
+        # the chunk's share of the offset stands with the lanes', or all of them would hold registers across the loop
+        place = self.place(state, carry).removeprefix("(").removesuffix(")")
+        chunk = " * ".join(["i_c", *state.dims])
+        return f"p_{name} + ({chunk} + {place})" if place else f"p_{name} + {chunk}"
+
+    def meet(self, n: Expr) -> None:
+        """Prints what spans the whole chunk: the state as it begins, met with the reverse state at its end."""
+        out = self.out
+        assert isinstance(out, SweepStatements)
+        parts = []
+        for name, back in closings(n):
+            carry = next(h.carry for h in self.kernel.holds if h.carry.state == back)
+            held, mask = out.tiles[carry.value], out.mask(tuple(d for d in (carry.x, carry.y) if d))
+            inner = [f for f in carry.factors if not set(f.dims) <= set(n.dims)]
+            load = f"tl.load({self.marked(f'mark_{name}', replace(carry, state=name))}" + (f", mask={mask}, other=0.0)" if mask else ")")
+            text = " * ".join([load, held.text, *(out.spread(out.wide(f), held.axes) for f in inner)])
+            axes = list(held.axes)
+            for axis in reversed(held.axes):
+                if axis not in n.dims:
+                    text = f"tl.sum({text}, axis={axes.index(axis)})"
+                    axes.remove(axis)
+            outer = [out.spread(out.wide(f), n.dims) for f in carry.factors if f not in inner]
+            parts.append(out.let("b_met", " * ".join([text, *outer]), n.dims).text)
+        out.meetings[n] = parts[0] if len(parts) == 1 else out.let("b_met", " + ".join(parts), n.dims).text
+
     def update(self, carry: Carry) -> str:
         """Prints a carry's next value, in place of the accumulator, and names it."""
         out = self.out
@@ -348,13 +389,12 @@ class _Kernel:
         if carry.peak is not None:
             return next_peak(out, carry)
         if carry.terms and len(held.axes) == 2 and self.kernel.stores:  # keep the old value as an operand before it is overwritten
-            key = Expr("cast", (carry.value,), dims=carry.value.dims)
-            out.tiles[key] = out.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
+            out.operand_of(carry.value)
         text = " * ".join([held.text, *(out.spread(out.wide(f), held.axes) for f in carry.factors)])
         name = text
         for term in carry.terms:
             if carry.x and carry.y:
-                left, right = out.operand(term.near), self.written(term.far)
+                left, right = out.operand(term.near), out.operand(term.far)
                 text = f"tl.dot(tl.trans({left}), {right}, {name}, input_precision=PRECISION)"
             elif carry.x:
                 text = f"{name} + {self.summed(term.near, term.far)}"
@@ -362,8 +402,6 @@ class _Kernel:
                 value = out.guarded(term.far)
                 full = (ROW, *held.axes)
                 spread = out.spread(value, full) if value.axes else f"tl.where(m_t, {value.text}, 0.0)"
-                if self.kernel.closings:
-                    spread = f"tl.where({out.spread(Tile('(o_t != t_last)', (ROW,)), full)}, {spread}, 0.0)"
                 text = f"{name} + tl.sum({spread}, axis=0)"
             name = out.let(f"{held.text}_n", text, held.axes).text
         return name
@@ -375,22 +413,9 @@ class _Kernel:
         text = out.spread(out.guarded(number), (ROW,)) if number != E.ONE else "m_t.to(tl.float32)"
         if number != E.ONE and not out.guarded(number).axes:
             text = f"tl.where(m_t, {text}, 0.0)"
-        if self.kernel.closings:
-            text = f"tl.where(o_t != t_last, {text}, 0.0)"
         kept = out.let("b_w", text, (ROW,)).text
         columns = f"tl.broadcast_to({kept}[:, None], [BT, 16]).to(DT)"
         return f"tl.sum(tl.dot(tl.trans({left}), {columns}, input_precision=PRECISION), axis=1) * 0.0625"
-
-    def written(self, far: Expr) -> str:
-        """Prints what a sweep writes; where the carries are closed, the segment's last token is left out."""
-        out = self.out
-        if not self.kernel.closings:
-            return out.operand(far)
-        number, vector = strip(far)
-        if number == E.ONE:
-            return f"tl.where((o_t != t_last)[:, None], {out.guarded(far).text}, 0.0).to(DT)"
-        kept = out.let("b_w", f"tl.where(o_t != t_last, {out.guarded(number).text}, 0.0)", (ROW,))
-        return f"({out.guarded(vector).text} * {kept.text}[:, None]).to(DT)"
 
     def store(self, store: Store) -> None:
         """Prints a store; partial sums go to their tile's share."""
@@ -422,54 +447,6 @@ class _Kernel:
         where = " + ".join([at[0]] + ([f"({' + '.join(at[1:])})"] if len(at) > 2 else at[1:]))
         line = f"tl.store({where}, {text}" + (f", mask={mask})" if mask else ")")
         out.lines += [f"if {alone}:", f"    {line}"] if alone else [line]
-
-    def open(self, n: Expr) -> None:
-        """Prints how a suffix sum begins: from the closing of the segment, else from zero."""
-        closing = n.args[2]
-        name = f"b_{closing.name}"
-        shape = f"tl.zeros([B{n.dims[0]}], tl.float32)" if n.dims else "0.0"
-        at, mask = self.closing_point(closing.name, n.dims, dict(closing.attrs).get("partial", ""))
-        lines = ["if HAS_CLOSING:", f"    {name} = tl.load({at}{mask})", "else:", f"    {name} = {shape}"]
-        if lines[1] not in self.before:
-            self.before += lines
-
-    def closing_point(self, name: str, dims: tuple[str, ...], partial: str) -> tuple[str, str]:
-        """Prints the pointer of a closing [segments, HV, tiles or dim] and its mask."""
-        index = "i_r * HV + i_hv"
-        if dims:
-            d = dims[0]
-            return f"{name} + ({index}) * {d} + o_{d.lower()}", f", mask=m_{d.lower()}, other=0.0"
-        return (f"{name} + ({index}) * NY + i_y" if partial else f"{name} + {index}"), ""
-
-    def close(self, closing: Closing) -> None:
-        """Prints what the final states' gradient adds to a suffix sum: its inner product with all that decayed into the last token.
-
-        The sweep's carries left the last token's own write out, so they hold just that after the loop.
-        """
-        out, b = self.out, closing.buffer
-        lines, out.lines = out.lines, []
-        parts = []
-        for name, back in closing.states:
-            given = f"dfinal_{back[1:]}"
-            hold = next(h for h in self.kernel.holds if h.carry.state == name)
-            state, carry = self.states[name], hold.carry
-            held = out.tiles[carry.value]
-            if (given, state) not in self.pointers:
-                self.pointers.append((given, state))
-            place, mask = self.place(state, carry), out.mask(held.axes)
-            load = f"tl.load({self.point(given, state, 'i_r')}" + (f" + {place}, mask={mask}, other=0.0)" if place else ")")
-            if state.head != self.top:
-                load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
-            text, axes = f"{held.text} * {load}", list(held.axes)
-            for axis in reversed(held.axes):
-                if axis not in b.dims:
-                    text = f"tl.sum({text}, axis={axes.index(axis)})"
-                    axes.remove(axis)
-            parts.append(out.let(f"b_{name}_end", text, b.dims).text)
-        at, mask = self.closing_point(b.name, b.dims, b.partial)
-        out.lines.append(f"tl.store({at}, {' + '.join(parts)}{mask.replace(', other=0.0', '')})")
-        self.after += ["if HAS_CLOSING:", *(f"    {x}" for x in out.lines)]
-        out.lines = lines
 
     def finish(self, hold: Hold) -> None:
         """Prints the store of a carry after the last chunk."""

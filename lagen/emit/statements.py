@@ -112,6 +112,14 @@ class Statements:
         """Prints ``n`` as a matmul operand: masked where padding would not be zero, in the inputs' dtype."""
         return f"{self.guarded(n, raw=True).text}.to(DT)"
 
+    def operand_of(self, carry: Expr) -> Tile:
+        """Prints a carry as it was when first asked for, as a matmul operand."""
+        key = Expr("cast", (carry,), dims=carry.dims)
+        if key not in self.tiles:
+            held = self.tile(carry)
+            self.tiles[key] = self.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
+        return self.tiles[key]
+
     def guarded(self, n: Expr, raw: bool = False) -> Tile:
         """Prints ``n`` with zeros on padding rows and lanes."""
         if zero_preserving(n):
@@ -427,10 +435,7 @@ class Statements:
             text = held.text if r == E.ONE else f"{self.spread(self.wide(r), (ROW, *held.axes))} * {held.text}[None, :]"
             return Tile(text, held.axes) if r == E.ONE else self.let("b_i", text, (ROW, *held.axes))
         if len(held.axes) == 2:
-            key = Expr("cast", (carry,), dims=carry.dims)
-            if key not in self.tiles:
-                self.tiles[key] = self.let(f"{held.text}_d", f"{held.text}.to(DT)", held.axes)
-            text = f"tl.dot({self.operand(r)}, {self.tiles[key].text}, input_precision=PRECISION)"
+            text = f"tl.dot({self.operand(r)}, {self.operand_of(carry).text}, input_precision=PRECISION)"
             return self.let("b_i", text, (ROW, held.axes[1]))
         # a matmul with the vector as 16 equal columns: a product of whole tiles would not fit the registers
         columns = f"tl.broadcast_to({held.text}[:, None], [B{held.axes[0]}, 16]).to(DT)"

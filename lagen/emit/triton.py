@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lagen.emit.forms import segments
 from lagen.emit.kernels import Printed, print_kernel
+from lagen.emit.roles import merge_arguments, print_roles
 from lagen.emit.templates import environment
 from lagen.emit.torch import reads_neighbours, render_tokens
 from lagen.ir import expr as E
@@ -17,9 +18,14 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
-from lagen.passes.schedule import is_exact, place, tiles, widest
+from lagen.passes.schedule import place, tiles, widest
 
-_CALLS = {"lg_gram": ("lg_reach", "lg_decay"), "lg_mix": ("lg_reach", "lg_decay")}
+_CALLS = {
+    "lg_gram": ("lg_reach", "lg_decay"),
+    "lg_mix": ("lg_reach", "lg_decay"),
+    "lg_logsigmoid": ("lg_log1p",),
+    "lg_softplus": ("lg_log1p",),
+}
 """Device functions that a device function calls."""
 
 
@@ -119,9 +125,7 @@ class _Module:
         self.buffers = {b.name: b for b in buffers}
         self.heads |= {b.name: b.head for b in buffers if b.name not in self.heads}
         self.exact = frozenset(b.name for b in buffers if b.dtype == "float32") | {f"total_{s.name}" for s in plan.states}
-        self.exact |= {c.buffer.name for k in plan.backward for c in k.closings}
         self.heads |= {f"total_{s.name}": s.head for s in plan.states if not s.causal}
-        self.heads |= {c.buffer.name: self.top for k in plan.backward for c in k.closings}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
 
     def render(self) -> str:
@@ -144,9 +148,12 @@ class _Module:
             prelude |= set(printed.prelude)
             kernels.append(printed.source)
             done[k] = printed
+            self.done = done
+            if k.launch and k == self.beside(k)[-1]:
+                kernels.append(print_roles(k.launch, [p for x in self.beside(k) if isinstance(p := done[x], Printed)]))
         prelude |= {c for p in prelude for c in _CALLS.get(p, ())}
         macros = environment().get_template("triton/prelude.py.j2").module
-        first = [name for name in ("lg_sequence", "lg_decay", "lg_reach") if name in prelude]
+        first = [name for name in ("lg_sequence", "lg_decay", "lg_reach", "lg_log1p") if name in prelude]
         order = [*first, *sorted(prelude - set(first))]
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])
@@ -162,6 +169,10 @@ class _Module:
             )
         )
         return "\n\n\n".join([*parts, *(k.strip("\n") for k in kernels), launch.strip("\n")]) + "\n"
+
+    def beside(self, k: Kernel) -> list[Kernel]:
+        """Lists the kernels that are roles of one launch with ``k``."""
+        return [x for x in self.plan.forward + self.plan.backward if x.launch == k.launch]
 
     def loads(self, k: Kernel) -> list[Buffer]:
         """Lists the stored values that a token-wise kernel loads; torch operations are handed the cotangents as well."""
@@ -218,7 +229,6 @@ class _Module:
         """Prints the configuration of a pass: one chunk, one tile per dim on the grid (tiles share sums), blocks of whole dims."""
         size = f"{self.r.inputs[0].name}.element_size()"
         cap = widest(kernels)
-        exact = ", exact=True" if is_exact(kernels) else ""
         lines = []
         for k in kernels:
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
@@ -226,7 +236,7 @@ class _Module:
             if k.kind == "chunks":
                 lines.append(f'BT, B{k.tile}_chunk = _config(tuned, chunk, "{place(k)}", {k.tile}, 16, {size}, {cap[place(k)]})[:2]')
             elif k.kind in ("sweep", "step"):
-                called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)}{exact})'
+                called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
         if not lines:
             return [f"BT = {self.r.chunk_default}"]
@@ -241,6 +251,8 @@ class _Module:
     def launch(self, k: Kernel, step: bool) -> list[str]:
         """Prints one launch."""
         p = self.done[k]
+        if k.launch:
+            return self.roles(self.beside(k)) if k == self.beside(k)[0] else []
         if isinstance(p, str):
             loads = self.loads(k)
             stored = ", ".join(f"{b.name}.sum(0)" if b.partial else b.name for b in loads) + ("," if len(loads) == 1 else "")
@@ -249,6 +261,22 @@ class _Module:
             fix = [f"{s.buffer.name} = {s.buffer.name}[None, None]" for s in k.stores if s.summed]
             call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale{packed})"
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
+        lines, args, grid = self.call(k, p, step)
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1")
+        return lines + self.calls(k.name, grid, [x for _, x in args], warps, stages)
+
+    def calls(self, name: str, grid: str, args: list[str], warps: str, stages: str) -> list[str]:
+        """Prints the call of a kernel, left out where there is nothing to do."""
+        return [
+            f"if {grid} > 0 and _launches({self.r.inputs[0].name}):",
+            f"    {name}[({grid},)](",
+            *(f"        {a}," for a in args),
+            f"        num_warps={warps}, num_stages={stages}, enable_fp_fusion=True,",
+            "    )",
+        ]
+
+    def call(self, k: Kernel, p: Printed, step: bool) -> tuple[list[str], list[tuple[str, str]], str]:
+        """Prints what a launch needs before it, its arguments (each with the parameters that take it), and its grid."""
         lines = []
         for s in k.stores:
             b = s.buffer
@@ -267,9 +295,9 @@ class _Module:
             if h.sink.startswith("total_"):
                 state = self.states[h.carry.state]
                 lines.append(f"{h.sink} = torch.empty({self.state_shape(state, False)}, dtype=torch.float32, device=device)")
-        for c in k.closings:
-            tail = [*c.buffer.dims] or ([f"triton.cdiv({c.buffer.partial}, B{c.buffer.partial})"] if c.buffer.partial else [])
-            lines.append(f"{c.buffer.name} = torch.empty((B * NSEG, HV, {', '.join(tail)}), dtype=torch.float32, device=device)")
+        for h in (h for h in k.holds if h.mark):
+            shape = ", ".join(["B", "HV", "_rows(T, BT, cu_seqlens)", *self.states[h.carry.state].dims])
+            lines.append(f"{h.mark} = torch.empty(({shape}), dtype=dtype, device=device)")
         args = []
         for name, _ in p.tensors:
             made = next((s.buffer for s in k.stores if s.buffer.name == name), None)
@@ -291,7 +319,6 @@ class _Module:
         sweep = k.kind == "sweep" and k not in self.plan.borders
         for name, _ in p.states:
             args.append(self.pointer(self.cut_name(name) if sweep else name))
-        args += [c.buffer.name for c in k.closings]
         if p.scaled:
             args.append("scale")
         args.append("slots" if k.kind == "step" else "None, 1" if step else "cu_seqlens, N")
@@ -305,7 +332,6 @@ class _Module:
         }[k.kind]
         block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"B{k.tile}"
         tile = f"triton.cdiv({k.tile}, {block})" if k.tile else "1"
-        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1")
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
             if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
@@ -313,7 +339,8 @@ class _Module:
             if k in self.plan.borders:
                 args.append("T, HV, G, NY, 1 if cu_seqlens is None else N, T // BT + 1, BT.bit_length() - 1, SEG, NSEG")
             else:
-                args.append("T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1")
+                marks = ", _rows(T, BT, cu_seqlens)" if any(name.startswith("mark_") for name, _ in p.states) else ""
+                args.append(f"T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1{marks}")
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
             lines += [line for name, s in p.states if name.startswith("next_") for line in self.keep(s, k.tile)]
@@ -340,16 +367,26 @@ class _Module:
         flags = ["slots is not None" if k.kind == "step" else "False" if step else "cu_seqlens is not None"]
         if k.kind == "sweep":
             flags.append(f"{'T' if k in self.plan.borders else 'SEG * BT'} * widest >= 2**31")
-        flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states] if k.kind == "sweep" else []
-        if k.kind == "sweep" and (k.closings or any(E.reads(s.value, "suffix") for s in k.stores)):
-            flags.append("closed")
-        args += flags
-        lines.append(f"if {grid.split(' * ')[0]} * {' * '.join(grid.split(' * ')[1:])} > 0 and _launches({self.r.inputs[0].name}):")
-        lines.append(f"    {k.name}[({grid},)](")
-        lines += [f"        {a}," for a in args]
-        lines.append(f"        num_warps={warps}, num_stages={stages}, enable_fp_fusion=True,")
-        lines.append("    )")
-        return lines
+            flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states if not name.startswith("mark_")]
+        args.append(", ".join(flags))
+        assert len(args) == len(p.signature), (k.name, args, p.signature)
+        return lines, list(zip(p.signature, args, strict=True)), grid
+
+    def roles(self, kernels: list[Kernel]) -> list[str]:
+        """Prints the launch whose roles ``kernels`` are."""
+        lines: list[str] = []
+        given: dict[str, str] = {}
+        grid = ""
+        for k in kernels:
+            p = self.done[k]
+            assert isinstance(p, Printed)
+            made, args, grid = self.call(k, p, step=False)
+            lines += [x.replace("NY =", f"NY_{k.tile} =") if x.startswith("NY =") else x for x in made]
+            given = merge_arguments(given, p, args)
+        grid = grid.replace("NY", "(" + " + ".join(f"NY_{k.tile}" for k in kernels) + ")")
+        order = sorted(given, key=lambda name: "constexpr" in name)
+        warps, stages = (f"max({', '.join(f'{what}_{k.name}' for k in kernels)})" for what in ("warps", "stages"))
+        return lines + self.calls(kernels[0].launch, grid, [given[n] for n in order], warps, stages)
 
     def keep(self, s: State, tile: str) -> list[str]:
         """Prints the copy of a state that several programs of a step read, where there are several: one of them writes it."""
@@ -361,23 +398,25 @@ class _Module:
 
     def token(self, name: str) -> bool:
         """Tells whether a tensor has batch and time."""
-        if name.startswith("total_") or any(c.buffer.name == name for k in self.plan.backward for c in k.closings):
+        if name.startswith("total_"):
             return False
         if name in self.buffers and not any(t.name == name for t in self.tensors):
             return self.buffers[name].token
         return all(t.token for t in self.tensors if t.name == name)
 
-    def segments(self, kernels: tuple[Kernel, ...], exact: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    def segments(self, kernels: tuple[Kernel, ...], tensors: tuple[Tensor, ...]) -> list[str]:
         """Prints how a pass cuts its scans; ``tensors`` are those with tokens that it is given."""
         sweeps = [k for k in kernels if k.kind == "sweep"]
         held = [d for k in kernels for d in self.kernel_dims(k)]
         own = f"HV * max({', '.join(['BT', *dict.fromkeys(held)])})"
+        marks = [" * ".join(self.states[h.carry.state].dims) or "1" for k in kernels for h in k.holds if h.mark]
+        own = ", ".join([own, *(f"triton.cdiv({size}, BT)" for size in dict.fromkeys(marks))])
         wide = f"widest = max({own}, *(x.stride(1) for x in ({', '.join(t.name for t in tensors)},)))  # elements a token of any tensor"
         if not self.plan.borders:
             return [wide, "SEG, NSEG, cut = _cut(max(1, triton.cdiv(T, BT)), BT, T, cu_seqlens)"]
         tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
-        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), (2**31 - 1) // (BT * widest), {exact}"
-        return [wide, f"SEG, NSEG, cut = _cut(FORM or _segments({call}, tuned.get('segment', 0))[0], BT, T, cu_seqlens)"]
+        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), (2**31 - 1) // (BT * widest), tuned.get('segment', 0)"
+        return [wide, f"SEG, NSEG, cut = _cut(FORM or _segments({call})[0], BT, T, cu_seqlens)"]
 
     def borders(self, states: tuple[State, ...]) -> list[Kernel]:
         """Lists the launches that store ``states`` at segments' borders."""
@@ -397,7 +436,7 @@ class _Module:
 
     def pointer(self, name: str) -> str:
         """Prints the tensor behind a state's pointer; any tensor stands in for one that is absent."""
-        return f"{name} if {name} is not None else {self.r.inputs[0].name}" if not name.startswith(("state_", "next_")) else name
+        return f"{name} if {name} is not None else {self.r.inputs[0].name}" if not name.startswith(("state_", "next_", "mark_")) else name
 
     def cut_name(self, name: str) -> str:
         """Names what a sweep starts from: a given state, or a segment's border."""
@@ -431,7 +470,7 @@ class _Module:
         lines = (
             self.sizes(step=False)
             + self.tiles([*self.borders(self.r.states), *self.plan.forward], "forward")
-            + self.segments(self.plan.forward, "False", self.r.inputs)
+            + self.segments(self.plan.forward, self.r.inputs)
         )
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += [f"start_{s.name} = initial_{s.name}" for s in self.r.states]
@@ -455,8 +494,6 @@ class _Module:
     def backward(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_backward."""
         self.done = done
-        gated = any(k.closings for k in self.plan.backward)
-        exact = "dtype == torch.float32" if gated else "False"
         lines = self.sizes(step=False) + self.tiles([*self.plan.borders, *self.plan.backward], "backward")
         lines += self.unpack("initial_states", "initial", self.r.states)
         lines += self.unpack("d_final_states", "dfinal", self.r.states)
@@ -466,7 +503,7 @@ class _Module:
         for t in (t for t in self.a.cotangents if t.head != self.top):  # else each head of a group would send it back
             lines.append(f"{t.name}, narrow = {t.name}.new_zeros(B, T, HV, *{t.name}.shape[{2 + bool(t.head)}:]), {t.name}")
             lines.append(f"{t.name}[:, :, {'::G' if t.head else '0'}] = narrow")
-        lines += self.segments(self.plan.backward, exact, (*self.r.inputs, *self.a.cotangents))
+        lines += self.segments(self.plan.backward, (*self.r.inputs, *self.a.cotangents))
         lines.append("closed = cut or d_final_states is not None")
         if self.plan.saved:
             lines.append(f"{', '.join(b.name for b in self.plan.saved)}, = saved")

@@ -14,7 +14,13 @@ ir/expr.py there are:
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
-    suffix(x, y)             as in ir/recurrence.py, over the chunks of a reverse sweep                          [C, ..]
+    spans(x)                 sum over the chunk's pairs (reader i, earlier writer) in x with i >= t > writer     [C, ..]
+    suffix(x, y)             as in ir/recurrence.py; a forward sweep made x: as it is (reads=rows), or spans(x)  [C, ..]
+
+What spans and suffix take is split by passes/spans: spans(x, c, w, P, m, ...) into all of it, what the carry gives every reader, and for
+each pair sum its weights, pairs, and what reader and writer make when they meet; suffix(x, c, r) into what the carry gives every writer,
+and all of it (of a vector: the rest). Pairs around the whole chunk are the inner product of the state as it begins, which a
+forward sweep kept (``mark``), with the reverse state at its end.
 
 Every exponent is <= 0. What it is not: no memory and no kernels. Who makes it: passes/chunk. Who reads it: passes/plan, emit/.
 """
@@ -30,7 +36,7 @@ from lagen.ir.expr import Expr, show, walk
 ROW, COL = "@", "#"
 """The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
-TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak")
+TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from lagen.ir.chunk import Carry, Term
 from lagen.ir.expr import Expr, reads, show, walk
-from lagen.ir.recurrence import State
+from lagen.ir.recurrence import State, closings
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,15 @@ class Store:
 
 @dataclass(frozen=True)
 class Hold:
-    """A carry with the buffers it starts from and ends in ("" for none): initial and final states, or their gradients."""
+    """A carry with the buffers it starts from and ends in ("" for none): initial and final states, or their gradients.
+
+    ``mark`` is the buffer that keeps it as each chunk begins, for the reverse sweep that meets it there (suffix in ir/chunk).
+    """
 
     carry: Carry
     source: str
     sink: str
-
-
-@dataclass(frozen=True)
-class Closing:
-    """What the gradient of the final states adds to a suffix sum, computed by the forward sweep at the last chunk.
-
-    ``states`` come with the reverse states that hold that gradient where a scan is cut.
-    """
-
-    buffer: Buffer
-    states: tuple[tuple[str, str], ...]
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class Kernel:
     tile: str = ""
     reverse: bool = False
     holds: tuple[Hold, ...] = ()
-    closings: tuple[Closing, ...] = ()
+    launch: str = ""  # sweeps that name the same are roles of one launch
 
     @property
     def values(self) -> list[Expr]:
@@ -108,8 +101,9 @@ class Kernel:
 
     def __str__(self) -> str:
         way = "reverse " if self.reverse else ""
-        lines = [f"{self.name}: {way}{self.kind}" + (f", {self.tile} on the grid" if self.tile else "") + f"   # {self.why}"]
-        lines += [f"    hold  {h.carry}" for h in self.holds]
+        where = (f", {self.tile} on the grid" if self.tile else "") + (f", a role of {self.launch}" if self.launch else "")
+        lines = [f"{self.name}: {way}{self.kind}{where}   # {self.why}"]
+        lines += [f"    hold  {h.carry}" + (", marked" if h.mark else "") for h in self.holds]
         for s in self.stores:
             lines.append(f"    {'sum  ' if s.summed else 'store'} {s.buffer.name} = {show(s.value)}")
         return "\n".join(lines)
@@ -157,9 +151,13 @@ def _made(kernels: tuple[Kernel, ...], given: set[str]) -> set[str]:
         assert k.tile in dims | {""}, f"{k.name}: {k.tile} is on the grid and none of its dims"
         for n in (n for v in k.values for n in reads(v, "stored")):
             assert n.name in made | given, f"{k.name} loads {n.name}, which no earlier launch stored"
+            beside = [x.name for x in kernels if k.launch and x.launch == k.launch and n.name in {s.buffer.name for s in x.stores}]
+            assert not beside, f"{k.name} loads {n.name}, which {beside[0]} stores at the same time"
+        for name in (s for v in k.values for n in reads(v, "suffix") for s, _ in closings(n)):
+            assert f"mark_{name}" in made, f"{k.name} meets {name}, which no earlier launch kept"
         assert all(s.buffer.partial in ("", k.tile) for s in k.stores), f"{k.name}: shares of a dim that is not on its grid"
         assert all(h.carry.y in (k.tile, "") for h in k.holds), f"{k.name}: a carry that is not tiled along {k.tile}"
-        own = [s.buffer.name for s in k.stores] + [h.sink for h in k.holds if h.sink] + [c.buffer.name for c in k.closings]
+        own = [s.buffer.name for s in k.stores] + [x for h in k.holds for x in (h.sink, h.mark) if x]
         assert len({*own}) == len(own) and not made & {*own}, f"{k.name} stores again what is stored: {own}"
         made |= {*own}
     return made

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from lagen.ir import expr as E
 from lagen.ir.chunk import Carry
 from lagen.ir.expr import LEAVES, Expr, addends, walk
-from lagen.ir.plan import Buffer, Closing, Hold, Kernel, Plan, Store
+from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings
 from lagen.passes.chunk import carry_of, lower_readout
 from lagen.passes.cut import cut
@@ -25,6 +25,7 @@ from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.simplify import factor, simplify
+from lagen.passes.spans import split_spans
 from lagen.passes.stages import Stage, stages, unswept
 from lagen.passes.whole_decay import load, others, stored, take_out
 
@@ -284,7 +285,7 @@ class _Pass:
         self.finish: list[Store] = []
         self.home: dict[Expr, Key] = {}
         self.temps: dict[Expr, Expr] = {}
-        self.closings: list[tuple[Key, Closing]] = []
+        self.marks: dict[str, Key] = {}  # states that reverse sweeps meet, each with the forward sweep that keeps it for them
         self.head = head
 
     def settle(self, targets: list[tuple[Buffer, Expr]]) -> None:
@@ -351,6 +352,8 @@ class _Pass:
             return e.attr("dim") == key[1] and not e.dims and all(self.clean(a, key) for a in e.args)
         if e.op == "suffix":
             return any(self.partial(a, self.side(a, key)) for a in e.args)
+        if e.op == "spans":
+            return self.partial(e.args[0], key)
         if e.op in ("add", "sub"):
             return all(self.partial(a, key) for a in e.args)
         if e.op == "neg":
@@ -402,19 +405,23 @@ class _Pass:
         return E.rebuild(e, tuple(self.frontier(a, dtype) for a in e.args))
 
     def fill(self, e: Expr, key: Key) -> Expr:
-        """Gives a suffix sum in a sweep the reads that another sweep stored, and its closing."""
+        """Gives a suffix sum in a sweep the reads that another sweep stored, and keeps the states that it meets."""
 
         def rule(n: Expr) -> Expr | None:
             if n.op != "suffix":
                 return n if n.op == "readout" else None
             reads, writes = n.args
-            partial = key[1] if any(self.partial(a, self.side(a, key)) for a in n.args) else ""
-            if reads != E.ZERO and self.side(reads, key) != key:  # what this sweep computes itself need not cross memory
+            states = [s for s, _ in closings(n)]
+            for s in states:
+                self.marks.setdefault(s, (False, key[1]))
+            loaded = not self.keys(reads)  # of saved readouts: no sweep need store it, and its pairs are summed already
+            # vectors that decay by themselves meet in pair sums alone, not one by one
+            rows = loaded or any(self.states[s].decay_on(key[1]) for s in states)
+            if not loaded:
+                reads = reads if rows else Expr("spans", (reads,), dims=n.dims, head=n.head, token=True)
                 reads = self.store(reads, self.side(reads, key), "float32")
-            ends = closings(n)
-            closing = Buffer("_".join(("closing", *(s for s, _ in ends), *n.dims)), self.head, n.dims, False, "float32", partial)
-            self.closings.append(((False, key[1]), Closing(closing, ends)))
-            return Expr("suffix", (reads, writes, closing.leaf), dims=n.dims, head=n.head, token=True, attrs=n.attrs)
+            attrs = (("reads", "rows" if rows else "spans"), *n.attrs)
+            return Expr("suffix", (reads, writes), dims=n.dims, head=n.head, token=True, attrs=attrs)
 
         return E.rewrite(e, rule)
 
@@ -458,7 +465,7 @@ class _Pass:
         A state's end is stored by the first sweep that carries it; ``sunk`` are those that have been.
         """
         out = self.sums(given)
-        for key in sorted({**self.sweeps, **dict(self.closings)}, key=lambda k: k[0]):
+        for key in sorted({**self.sweeps, **{k: [] for k in self.marks.values()}}, key=lambda k: k[0]):
             stores = self.sweeps.get(key, [])
             reverse, tile = key
             carries: dict[tuple[str, str], Carry] = {}
@@ -466,8 +473,8 @@ class _Pass:
                 state = self.states[n.name]
                 updated = n.attr("at") != "all"
                 carries[n.name, n.attr("dim")] = carry_of(state, n.attr("dim"), updated)
-            closed = tuple(dict.fromkeys(c for k, c in self.closings if k == key))
-            for name in dict.fromkeys(name for c in closed for name, _ in c.states):  # a closing wants the carry though nothing reads it
+            marked = [name for name, k in self.marks.items() if k == key]
+            for name in marked:  # a suffix sum meets the carry though nothing reads it
                 if all(name != carried for carried, _ in carries):
                     x = next((d for d in self.states[name].dims if d != tile), "")
                     carries[name, x] = carry_of(self.states[name], x)
@@ -480,7 +487,7 @@ class _Pass:
             holds = []
             for c in carries.values():
                 source, sink = ends[c.state] if c.updated else (f"total_{c.state}", "")
-                holds.append(Hold(c, source, "" if c.state in sunk else sink))
+                holds.append(Hold(c, source, "" if c.state in sunk else sink, f"mark_{c.state}" if c.state in marked else ""))
                 sunk.add(c.state)
             way = "rev" if reverse else "fwd"
             out.append(
@@ -488,15 +495,23 @@ class _Pass:
                     f"{self.name}_{way}_{tile or 'all'}".lower(),
                     "sweep",
                     # numbers before vectors: a sum over a vector is taken while it is there, and what is added to it later goes in place
-                    tuple(replace(s, value=merge(lower(s.value))) for s in sorted(stores, key=lambda s: len(s.value.dims))),
+                    tuple(replace(s, value=split_spans(merge(lower(s.value)))) for s in sorted(stores, key=lambda s: len(s.value.dims))),
                     f"readouts that keep {tile or 'nothing'}, {'reversed' if reverse else 'in order'}",
                     tile,
                     reverse,
                     tuple(holds),
-                    closed,
                 )
             )
+        out = beside(out, self.name)
         return (*out, *_tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles"))
+
+
+def beside(kernels: list[Kernel], stem: str) -> list[Kernel]:
+    """Makes sweeps of one direction that run from chunk to chunk roles of one launch: what they load then crosses memory once."""
+    running = [k for k in kernels if k.stores and any(h.carry.updated for h in k.holds)]
+    ways = {k.reverse: [x for x in running if x.reverse == k.reverse] for k in running}
+    launches = {k: f"{stem}_{'rev' if way else 'fwd'}" for way, ks in ways.items() if len(ks) > 1 for k in ks}
+    return [replace(k, launch=launches.get(k, "")) for k in kernels]
 
 
 def merge(e: Expr) -> Expr:

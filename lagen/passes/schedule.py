@@ -31,8 +31,8 @@ def widest_tile(k: Kernel) -> int:
     return 64 if matrices <= 1 and len(operands) <= _OPERANDS else 32
 
 
-def tiles(target: str, chunk: int, itemsize: int, exact: bool) -> tuple[int, int, int, int]:
-    """Returns chunk, tile on the grid, warps and stages where nothing was chosen; ``exact`` asks for short chunks in float32."""
+def tiles(target: str, chunk: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Returns chunk, tile on the grid, warps and stages where nothing was chosen."""
     # what compiles without spills at 128 x 128 in bf16 (chunks of 64 fill a wgmma)
     table = {
         "cuda:90": (64, 64, 8, 2),
@@ -45,8 +45,6 @@ def tiles(target: str, chunk: int, itemsize: int, exact: bool) -> tuple[int, int
     most, tile, warps, stages = table.get(target) or table[target.split(":")[0]]
     if itemsize > 2 and target != "interpreter":
         most, tile, stages = min(most, 32), 32, 1
-    if exact and itemsize > 2:
-        most = 16
     return min(chunk, most), tile, warps, stages
 
 
@@ -62,12 +60,6 @@ def widest(kernels: Sequence[Kernel]) -> dict[str, int]:
         if k.tile:
             found[place(k)] = min(found.get(place(k), 64), widest_tile(k))
     return found
-
-
-def is_exact(kernels: Sequence[Kernel]) -> bool:
-    """Tells whether float32 takes short chunks: a gate's sum runs over a chunk before it is closed, and no stored tile fixes the chunk."""
-    closed = any(not c.buffer.dims for k in kernels for c in k.closings)
-    return closed and not any(k.kind == "chunks" for k in kernels)
 
 
 def kernels_of(plan: Plan, of: str) -> tuple[Kernel, ...]:
@@ -88,8 +80,7 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
     scans = [k for k in kernels if k.kind not in ("tokens", "torch")]
     if not scans:
         return Tunables(())
-    exact = is_exact(kernels) and itemsize > 2
-    most, tile, _, stages = tiles(target, chunk, itemsize, exact)
+    most, tile, _, stages = tiles(target, chunk, itemsize)
     found: list[Tunable] = []
     limits: list[AtMost] = []
     for where, cap in widest(kernels).items():
@@ -100,11 +91,11 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
         held = max((_held(k, sizes) for k in scans if place(k) == where), default=0)
         if held:
             limits.append(AtMost((f"{of} {where}",), max(16, _STATES // held), f"states of {held} rows would not fit the registers"))
-    if of != "step" and not exact:
+    if of != "step":
         least = 16 if itemsize <= 2 else min(16, most)
         lengths = sorted({c for c in (*chunks, most) if least <= c <= 64})
         found.append(Tunable(CHUNK, tuple(lengths), most, "tokens that are taken together by matrix products"))
-    if plan.borders and of != "step" and not exact:
+    if plan.borders and of != "step":
         found.append(Tunable(f"{of} segment", (0, 1, 8, 32, FUSED), 0, "chunks that one program runs through; 0: as the shape asks"))
     found.append(Tunable(f"{of} warps", (0, 4, 8), 0, "warps of a program; 0: as its largest dim asks", static=False))
     found.append(Tunable(f"{of} stages", tuple(sorted({1, 2, 3, stages})), stages, "chunks whose loads are under way", static=False))
