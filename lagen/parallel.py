@@ -319,3 +319,58 @@ class _Incoming(torch.autograd.Function):
         if rank == 0:
             first = [a if d is None else a + d for a, d in zip(arrived, found, strict=True)]
         return (None, *back, *first)
+
+
+# ---- the tokens before a stretch ------------------------------------------------------------------------------------------------
+
+
+def lengths(tokens: int, device: torch.device, group: Group | None = None) -> list[int]:
+    """Returns how many tokens every rank has; waits for the device."""
+    mine = torch.tensor([tokens], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return [int(x) for x in everyone]
+
+
+def tokens_before(x: Tensor, count: int, stretches: Sequence[int], group: Group | None = None) -> Tensor:
+    """Returns the ``count`` tokens before this rank's x [B, T, size], zeros before the sequence; ``stretches``: every rank's T."""
+    apply: Callable[..., Tensor] = _Before.apply
+    return apply(x, count, tuple(stretches), group)
+
+
+class _Before(torch.autograd.Function):
+    """The tokens before a stretch, as a function of all ranks' tokens. Places are counted over the whole sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, stretches: tuple[int, ...], group: Group | None) -> Tensor:
+        """Gathers every rank's last tokens; takes those before its own."""
+        ctx.settings, ctx.tokens = (count, stretches, group), x.shape[1]
+        kept = min(count, x.shape[1])
+        tail = torch.cat([x.new_zeros(x.shape[0], count - kept, x.shape[2]), x[:, x.shape[1] - kept :]], 1).contiguous()
+        everyone = [torch.empty_like(tail) for _ in stretches]
+        dist.all_gather(everyone, tail, group=group)
+        rank, before = dist.get_rank(group), tail.new_zeros(tail.shape)
+        for j in range(rank):
+            here, there, n = _shared(count, stretches, j, rank)
+            before[:, here : here + n] = everyone[j][:, count - stretches[j] + there :][:, :n]
+        return before
+
+    @staticmethod
+    def backward(ctx: Any, d_before: Tensor) -> tuple[Tensor | None, ...]:
+        """Gathers the gradients of what every rank took; sums those of its own tokens."""
+        count, stretches, group = ctx.settings
+        d_before = d_before.contiguous()
+        everyone = [torch.empty_like(d_before) for _ in stretches]
+        dist.all_gather(everyone, d_before, group=group)
+        rank, d_x = dist.get_rank(group), d_before.new_zeros(d_before.shape[0], ctx.tokens, d_before.shape[2])
+        for j in range(rank + 1, len(stretches)):
+            here, there, n = _shared(count, stretches, rank, j)
+            d_x[:, there : there + n] += everyone[j][:, here : here + n]
+        return d_x, None, None, None
+
+
+def _shared(count: int, stretches: Sequence[int], source: int, taker: int) -> tuple[int, int, int]:
+    """Returns where tokens of ``source`` stand among the ``count`` before ``taker``, where in their own stretch, and how many."""
+    start, end = sum(stretches[:source]), sum(stretches[: source + 1])
+    low, high = max(start, sum(stretches[:taker]) - count), min(end, sum(stretches[:taker]))
+    return low - (sum(stretches[:taker]) - count), low - start, max(high - low, 0)

@@ -28,7 +28,7 @@ ABOVE: dict[str, set[str]] = {
     "bench": {"ir", "passes", "emit", "runtime", "verify"},
     "cli": {"data", "ir", "spec", "passes", "emit", "runtime", "targets", "tune", "verify", "explain", "bench", "demo"},
     "__main__": {"cli"},
-    "nn": {"ir", "runtime", "spec"},
+    "nn": {"ir", "parallel", "runtime", "spec"},
     "compat": {"data", "runtime"},
     "parallel": {"ir", "passes", "runtime", "spec"},
     "__init__": {"runtime", "nn", "compat", "parallel"},

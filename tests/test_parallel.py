@@ -14,6 +14,7 @@ from torch import Tensor
 import lagen
 from lagen import data
 from lagen.ir.roles import bounds
+from lagen.nn import LinearAttention
 from lagen.nn.start import Bound
 from lagen.parallel import context_parallel
 from lagen.runtime.operator import ArgumentError, Operator
@@ -111,6 +112,28 @@ def check(op: Operator, rank: int, group: dist.ProcessGroup, ranks: int, carried
             torch.testing.assert_close(x.grad, leaf.grad, **close)
 
 
+def check_layer(name: str, rank: int) -> None:
+    """Compares a layer on four stretches with the layer on the whole, its convolutions reaching over more than one of them."""
+    torch.manual_seed(0)
+    mixer = LinearAttention(operator(name), 8, 2, convolution=4, length=16).double()
+    lengths = (3, 1, 0, 5)
+    edges = [0, *accumulate(lengths)]
+    mine = slice(edges[rank], edges[rank + 1])
+    whole = torch.randn(B, edges[-1], 8, dtype=torch.float64, requires_grad=True)
+    own = whole.detach()[:, mine].clone().requires_grad_()
+    wanted = mixer(whole)
+    weights = torch.randn(wanted.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((weights * wanted).sum(), [whole, *mixer.parameters()])
+    got = mixer(own, group=dist.group.WORLD)
+    torch.testing.assert_close(got, wanted[:, mine])
+    d_own, *shares = torch.autograd.grad((weights[:, mine] * got).sum(), [own, *mixer.parameters()], allow_unused=True)
+    torch.testing.assert_close(d_own, gradients[0][:, mine])
+    for share, gradient in zip(shares, gradients[1:], strict=True):
+        share = torch.zeros_like(gradient) if share is None else share  # a rank without tokens convolves none
+        dist.all_reduce(share)
+        torch.testing.assert_close(share, gradient)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,6 +149,8 @@ def work(rank: int, port: int) -> None:
         check(op, rank, dist.group.WORLD, 4, carried=i % 2 == 0)
         if rank < 2 and i % 3 == 0:
             check(op, rank, pair, 2, carried=i % 2 == 1)
+    for name in ("gla", "cosformer"):
+        check_layer(name, rank)
     dist.destroy_process_group()
 
 

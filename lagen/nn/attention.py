@@ -7,14 +7,17 @@ params. No rule asks which variant it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lagen import parallel
 from lagen.ir.variant import Variant
 from lagen.nn.cache import Cache, LayerCache
 from lagen.nn.convolution import ShortConvolution
@@ -25,6 +28,8 @@ from lagen.runtime.load import load
 from lagen.runtime.operator import Operator
 from lagen.runtime.signature import OperatorSpec, measure
 from lagen.spec.read import read_text
+
+Reach = Callable[[Tensor, int], Tensor]  # from what a convolution takes, and how many tokens back: those tokens
 
 HEADLESS = 16
 """Size of a dim that nobody gave, on a spec without heads and apart from its outputs' (Mamba's N)."""
@@ -102,12 +107,17 @@ class LinearAttention(nn.Module):
 
     # -- calls --
 
-    def forward(self, x: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None, group: dist.ProcessGroup | None = None
+    ) -> Tensor:
         """Mixes whole sequences; with a cache, those that follow on what it holds, and moves it on.
 
         ``cu_seqlens`` [N + 1]: x is [1, T, dim], N sequences side by side, and a cache holds N of everything. One token after others
-        goes by the decode step where no gradient is asked for.
+        goes by the decode step where no gradient is asked for. ``group``: x is this rank's stretch of sequences that the ranks hold in
+        order (lagen.parallel); parameters' gradients are this rank's share.
         """
+        if group is not None:
+            return self._stretch(x, group, alone=cache is None and cu_seqlens is None)
         held = self._held(cache)
         if held is not None and held.states is not None and x.shape[1] == 1 and cu_seqlens is None and not self._wants_gradient(x):
             return self._token(x[:, 0], held)[:, None]
@@ -128,6 +138,15 @@ class LinearAttention(nn.Module):
         held = self._held(cache)
         assert held is not None
         return self._token(x, held)
+
+    def _stretch(self, x: Tensor, group: dist.ProcessGroup, alone: bool) -> Tensor:
+        """Mixes this rank's stretch of sequences: the windows and states of the ranks before come in as a cache that nobody keeps."""
+        if not alone:
+            raise ValueError(f"{self.operator.spec.name}: a group of ranks goes without cache and cu_seqlens")
+        stretches = parallel.lengths(x.shape[1], x.device, group)
+        held = LayerCache(seen=sum(stretches[: dist.get_rank(group)]))
+        tensors = self._tensors(x, held, None, partial(parallel.tokens_before, stretches=stretches, group=group))
+        return self._join(x, as_tuple(parallel.context_parallel(self.operator, *tensors, group=group)))
 
     def _held(self, cache: Cache | None) -> LayerCache | None:
         if cache is not None and not self.operator.spec.causal:
@@ -151,12 +170,12 @@ class LinearAttention(nn.Module):
         stored = self.params[name]
         return self.bounds[name].apply(stored if stored.dtype == torch.float64 else stored.float())
 
-    def _tensors(self, x: Tensor, held: LayerCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-        """Makes the operator's tensors of x [B, T, dim] or [B, dim], and moves the windows on."""
-        made = [self._input(t.name, x, held, cu_seqlens) for t in self.variant.inputs]
+    def _tensors(self, x: Tensor, held: LayerCache | None, cu_seqlens: Tensor | None, reach: Reach | None = None) -> tuple[Tensor, ...]:
+        """Makes the operator's tensors of x [B, T, dim] or [B, dim], and moves the windows on; ``reach`` finds windows elsewhere."""
+        made = [self._input(t.name, x, held, cu_seqlens, reach) for t in self.variant.inputs]
         return (*made, *(self.param(t.name) for t in self.variant.params))
 
-    def _input(self, name: str, x: Tensor, held: LayerCache | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _input(self, name: str, x: Tensor, held: LayerCache | None, cu_seqlens: Tensor | None, reach: Reach | None) -> Tensor:
         if name not in self.feeds:
             return self._positions(name, x, 0 if held is None else held.seen, cu_seqlens)
         feed = self.feeds[name]
@@ -167,6 +186,8 @@ class LinearAttention(nn.Module):
         assert isinstance(feed, Feed) and isinstance(convolution, ShortConvolution)
         projected = feed.before(x)
         window = None if held is None else held.windows.get(name)
+        if reach is not None:
+            window = reach(projected, convolution.width - 1)
         if x.ndim == 2:
             if window is None:
                 window = projected.new_zeros(len(x), convolution.width - 1, convolution.channels)
