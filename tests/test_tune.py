@@ -26,6 +26,7 @@ from lagen.tune.job import Job, job
 from lagen.tune.measure import Measure
 from lagen.tune.modelled import unfit
 from lagen.tune.outcome import Failed, Outcome, Reason, Timed
+from lagen.tune.report import draw
 from lagen.tune.run import run
 from lagen.tune.search import Budget, search, state_of
 from lagen.tune.space import space_of
@@ -312,8 +313,11 @@ def test_a_job_is_text_and_back() -> None:
     assert Job.from_json(quick_job().to_json()) == quick_job()
 
 
-def test_run_writes_entries_that_say_how_they_were_found() -> None:
+def test_run_writes_entries_that_say_how_they_were_found(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     found = run(quick_job(), Budget(12), judge=Measure(quick_job(), 20.0, 3, QUICK))
+    draw(found, tmp_path / "search.png")
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(found.proof, Timed) and found.chosen.table.get("forward tile", 16) == 32
     (entry,) = found.entries
     assert entry.how == "measured" and entry.config.table["tile"] == 32 and entry.trials == 12 and entry.time < entry.default
