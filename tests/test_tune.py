@@ -27,13 +27,14 @@ from lagen.tune.measure import Measure
 from lagen.tune.modelled import unfit
 from lagen.tune.outcome import Failed, Outcome, Reason, Timed
 from lagen.tune.report import draw
-from lagen.tune.run import run
+from lagen.tune.run import run, study_of
 from lagen.tune.search import Budget, search, state_of
 from lagen.tune.space import space_of
 from lagen.tune.studies import BadStorage, Busy, journal_of, mend, opened
 from tests.tuner.tuner import QUICK, quick_job
 
 HERE = Path(__file__).parent
+QUICK_STUDY = study_of(quick_job(), space_of(quick_job()))
 SPACE = Tunables((Tunable("forward a", (1, 2, 4, 8), 2, "a"), Tunable("forward b", (1, 2, 3), 1, "b")))
 
 
@@ -236,7 +237,7 @@ def test_a_tuner_killed_twenty_times_loses_no_finished_trial_and_leaves_no_proce
     command = [sys.executable, str(HERE / "tuner" / "tuner.py"), "", "1000"]
     env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     seen: dict[int, object] = {}
-    path = journal_of(quick_job().study)
+    path = journal_of(QUICK_STUDY)
     for _ in range(20):
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         size = path.stat().st_size if path.exists() else 0
@@ -246,7 +247,7 @@ def test_a_tuner_killed_twenty_times_loses_no_finished_trial_and_leaves_no_proce
         time.sleep(dice.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with opened(quick_job().study) as study:
+        with opened(QUICK_STUDY) as study:
             now = {d.number: d for d in state_of(study, space_of(quick_job())).done}
         assert all(now.get(n) == d for n, d in seen.items())
         seen = now
@@ -304,7 +305,7 @@ def test_four_workers_on_one_postgresql_study_run_no_point_twice(database: str, 
     begun = Counter(log.read_text().splitlines())
     # each worker times its winner once more at the end; beside those four every point was run once
     assert set(begun) == every and sum(begun.values()) <= len(every) + 4
-    with opened(quick_job().study, database) as study:
+    with opened(QUICK_STUDY, database) as study:
         points = [tuple(d.config.values) for d in state_of(study, space).done]
     assert len(points) == len(set(points)) and len(points) >= len(every)
 

@@ -51,10 +51,15 @@ def run(
     """
     space = space_of(job)
     judging = judge or judge_of(job, timeout, rounds)
-    with opened(job.study, storage, seed) as study:
+    with opened(study_of(job, space), storage, seed) as study:
         state = search(study, space, judging, budget, progress, seed, known(job))
     chosen, proof = _choose(judging, space, state)
     return Result(job, space, state, chosen, proof, _entries(job, space, state, chosen, proof))
+
+
+def study_of(job: Job, space: Tunables) -> str:
+    """Names the study of a job over a space: where the space changes a search begins anew."""
+    return f"{job.study}-{space_digest(space)}"
 
 
 def known(job: Job) -> list[Config]:
