@@ -76,7 +76,7 @@ def test_only_data_folders_stand_at_the_top() -> None:
 
 def test_every_dependency_is_pinned_by_the_constraints() -> None:
     def bare(requirement: str) -> str:
-        return requirement.split("<")[0].split(">")[0].split("=")[0].strip().lower()
+        return requirement.split("<")[0].split(">")[0].split("=")[0].split("[")[0].strip().lower()
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {bare(r) for r in project["dependencies"] + project["optional-dependencies"]["test"]}

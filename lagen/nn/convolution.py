@@ -35,7 +35,8 @@ class ShortConvolution(nn.Module):
         """Convolves one token [B, channels] and moves the window on in place."""
         padded = torch.cat([window.to(x.dtype), x[:, None]], 1)
         window.copy_(padded[:, 1:])
-        return self._convolve(padded)[:, 0]
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32  # as a convolution sums
+        return functional.silu((padded.to(kind) * self.weight[:, 0].mT.to(kind)).sum(1).to(x.dtype))
 
     def _convolve(self, padded: Tensor) -> Tensor:
         if padded.shape[1] < self.width:
