@@ -31,7 +31,7 @@ from lagen.verify.oracle import oracle
 
 pytestmark = pytest.mark.skipif(not cpp.compilers(), reason="no C++ compiler")
 Tensors = tuple[Tensor, ...]
-SPECS = ("simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "based", "efficient_attention")
+SPECS = ("simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "based", "efficient_attention", "gated_deltanet", "rwkv7")
 BY_VALUE = """
 name: by_value
 inputs: {q: [H, K], k: [H, K], v: [HV, V], gk: [H, K], gv: [HV, V], g: [HV]}
@@ -119,7 +119,7 @@ def test_any_size_of_state(name: str, dims: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("gate", [0.0, -5.0, -20.0, -50.0, -200.0, -float("inf")])
-@pytest.mark.parametrize("name", ["simple_gla", "gla", "by_value"])
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "by_value", "kda"])
 def test_any_gate_and_a_gradient_that_does_not_cancel(name: str, gate: float) -> None:
     op, variant = loaded(name)
     case = make(variant, Extent(40, dims=(("K", 20), ("V", 12))), carried=True)
@@ -164,7 +164,7 @@ def test_any_strides() -> None:
 
 
 @pytest.mark.parametrize("dims", [{"K": 13, "V": 11}, {"K": 64, "V": 64}, {"K": 70, "V": 130}], ids=str)
-@pytest.mark.parametrize("name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "by_value"])
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "by_value", "gated_deltanet"])
 def test_token_by_token_is_the_whole(name: str, dims: dict[str, int]) -> None:
     op, variant = loaded(name)
     case = make(variant, Extent(5, dims=tuple(dims.items()), group=2), carried=True)

@@ -28,8 +28,9 @@ from lagen.emit.cpp_plan import (
     split_dim,
 )
 from lagen.emit.cpp_scan import dense_sweep
+from lagen.ir import expr as E
 from lagen.ir.expr import Expr, number
-from lagen.ir.recurrence import Adjoint, Recurrence
+from lagen.ir.recurrence import Adjoint, Recurrence, Solve
 from lagen.ir.scalar import FUNCTIONS
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -78,7 +79,9 @@ def in_place(forward: Program) -> bool:
     sweeps = [s for p in forward.passes for s in p.steps if isinstance(s, Sweep)]
     swept = [s.state.name for s in sweeps]
     return (
-        len(forward.passes) == 1 and len(set(swept)) == len(swept) and all(s.state.causal and s.state.head == forward.head for s in sweeps)
+        len(forward.passes) == 1
+        and len(set(swept)) == len(swept)
+        and all(s.state.causal and s.state.head == forward.head and not s.solves for s in sweeps)
     )
 
 
@@ -249,11 +252,11 @@ class _Printer:
         known = {e: n for n, e in self.recurrence.names}
         every = [n for p in self.program.passes for n in p.loads] + list(self.program.params)
         for step in [*self.program.once, *(s for p in self.program.passes for s in p.steps)]:
-            every += step.nodes if isinstance(step, Loop) else step.reads if isinstance(step, Sweep) else (step.node,)
+            every += step.nodes if isinstance(step, Loop) else step.makes if isinstance(step, Sweep) else (step.node,)
         for n in every:
             if n in self.names:
                 continue
-            if n.op in ("input", "param"):
+            if n.op in ("input", "param", "solved"):
                 self.names[n] = self.fresh(n.name)
             elif n.op == "readout":
                 self.names[n] = self.fresh(f"{n.name}_{n.attr('at')}")
@@ -268,7 +271,7 @@ class _Printer:
 
     def find_stored(self) -> set[Expr]:
         """Returns the nodes that need an array: used outside of the loop that computes them."""
-        out = {n for _, s in self.steps() if isinstance(s, Sweep) for r in s.reads for n in (r, *r.args)}
+        out = {n for _, s in self.steps() if isinstance(s, Sweep) for r in s.makes for n in (r, *r.args)}
         out |= {x for _, s in self.steps() if isinstance(s, Sweep) for x in s.operands}
         out |= {e for _, e in self.program.sinks} | set(self.program.kept)
         for _, s in self.steps():
@@ -291,7 +294,8 @@ class _Printer:
             members.append(f"Dense {s.label};  // rows {s.rows}, lanes {s.lanes}")
             built.append(f"{s.label} = Dense(a, {_size(s.rows)}, {_size(s.lanes)});")
         elif s.rows:
-            operands = max(2 * len(t.writes) + len(t.reads) for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label)
+            same = [t for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label]
+            operands = max(2 * len(t.writes) + len(t.reads) + 2 * sum(len(u.reads) for u in t.solves) for t in same)
             members.append(f"Matrix {s.label};  // rows {s.rows}, lanes {s.lanes}")
             built.append(f"{s.label} = Matrix(a, {_size(s.rows)}, {_size(s.lanes)}, {operands});")
         else:
@@ -525,12 +529,16 @@ class _Printer:
         decay = ", ".join(self.operand(by_dims[k]) if k in by_dims else "{}" for k in ((), row, lane))
         reads = sorted(s.reads, key=lambda r: r.attr("at") in POST)
         strict = sum(r.attr("at") not in POST for r in reads)
-        shape = f"<{len(s.writes)}, {strict}, {len(reads) - strict}>"
+        solved = ", ".join(self.solved(u, r) for u in s.solves for r in u.reads)
+        count = sum(len(u.reads) for u in s.solves)
+        shape = f"<{len(s.writes)}, {strict}, {len(reads) - strict}{f', {count}' if count else ''}>"
         lines = ["{", f"  const Decay decay{{{decay}}};"]
         if s.writes:
             lines.append("  const Written writes[] = {" + ", ".join(self.written(s, w) for w in s.writes) + "};")
         if reads:
             lines.append("  const Readout reads[] = {" + ", ".join(self.read(s, r) for r in reads) + "};")
+        if solved:
+            lines += [self.based(u, s.lanes) for u in s.solves] + [f"  const Solved solved[] = {{{solved}}};"]
         between = self.between(s, row)
         lines += [] if s.state.reverse else between
         if s.state.peak:
@@ -551,7 +559,7 @@ class _Printer:
             state = f"c.initial_{s.state.name}.state(b, h), {_size(s.rows)}, {_size(s.lanes)}"
             lines.append(f"  step_matrix{shape[:-1]}, {self.is_first(s)}>({state}, decay, {operands});")
         elif s.rows:
-            lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead).tile(n, {way});")
+            lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead{', solved' if solved else ''}).tile(n, {way});")
         else:
             lines.append(f"  sweep{shape}(w.{s.label}, n, {way}, decay, {operands});")
         return [*lines, *(between if s.state.reverse else []), "}"]
@@ -573,6 +581,16 @@ class _Printer:
         before = "true" if s.state.reverse and w[2] else "false"
         row = self.operand(w[0]) if s.rows else "{}"
         return f"{{{row}, {self.operand(w[1])}, {before}}}"
+
+    def based(self, u: Solve, lanes: str) -> str:
+        """Prints what a solved value is before its state is read."""
+        if u.base == E.ZERO:
+            return f"  memset({self.where(u.leaf)}, 0, 4 * n * {_pad(lanes)});"
+        return f"  copy({self.where(u.leaf)}, {self.where(u.base)}, n * {_pad(lanes)});"
+
+    def solved(self, u: Solve, r: Expr) -> str:
+        before = "false" if r.attr("at") == "decayed" else "true"
+        return f"{{{self.operand(r.args[0])}, {self.where(u.leaf)}, {before}}}"
 
     def read(self, s: Sweep, r: Expr) -> str:
         before = "true" if r.attr("at") in ("previous", "later", "since") else "false"

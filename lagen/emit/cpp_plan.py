@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from lagen.emit.cpp_scan import Elements, elements, unprinted
 from lagen.ir import expr as E
 from lagen.ir.expr import HEADS, ONE, Expr, walk
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings, readout
+from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, closings, readout
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.tunable import AtMost, Tunable, Tunables
 from lagen.ir.variant import Tensor
@@ -53,12 +53,19 @@ class Sweep:
     reads: tuple[Expr, ...]
     whole: bool = False  # not causal: this pass only reads what an earlier one gathered
     elements: Elements | None = None  # a decay for every element; ``decay`` is empty then
+    solves: tuple[Solve, ...] = ()  # values that it finds as it goes and writes; other sweeps of the state take them as they are
 
     @property
     def operands(self) -> tuple[Expr, ...]:
         """Lists the values that it takes."""
-        decay = self.elements.operands if self.elements else self.decay
-        return (*decay, *(r.args[0] for r in self.reads), *(x for w in self.writes for x in w[:2]))
+        decay, own = self.elements.operands if self.elements else self.decay, [u.leaf for u in self.solves]
+        solved = (x for u in self.solves for x in (*([u.base] if u.base != E.ZERO else []), *(r.args[0] for r in u.reads)))
+        return (*decay, *(r.args[0] for r in self.reads), *(x for w in self.writes for x in w[:2] if x not in own), *solved)
+
+    @property
+    def makes(self) -> tuple[Expr, ...]:
+        """Lists the values that it makes."""
+        return (*self.reads, *(u.leaf for u in self.solves))
 
     @property
     def label(self) -> str:
@@ -190,8 +197,22 @@ def _plan(
 def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr]) -> str:
     """Returns what the fast form cannot carry, or nothing."""
     by_name = {s.name: s for s in states}
-    known = {*FUNCTIONS, *LEAVES, *REDUCTIONS, *RESIZES, "pow", "expand", "softmax", "l2norm", "rmsnorm", "lead", "readout", "suffix"}
-    bodies = [x for s in states for x in (*s.decay, *(x for w in s.writes for x in (w.row, w.col))) if len(x.dims) < 2]
+    known = {
+        *FUNCTIONS,
+        *LEAVES,
+        *REDUCTIONS,
+        *RESIZES,
+        "pow",
+        "expand",
+        "softmax",
+        "l2norm",
+        "rmsnorm",
+        "lead",
+        "readout",
+        "suffix",
+        "solved",
+    }
+    bodies = [x for s in states for x in (*s.operands, *(x for w in s.writes for x in (w.row, w.col))) if len(x.dims) < 2]
     for g in (g for s in states for g in s.decay if s.dense):
         if reason := unprinted(g):
             return reason
@@ -207,6 +228,9 @@ def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr])
         inclusive = any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots))
         if inclusive and any(not w.decayed for w in s.writes):
             return f"{s.name} is read inclusively beside an undecayed write"
+    for s in states:
+        if any(g.dims == u.leaf.dims for u in s.solves for g in s.decay):
+            return f"{s.name} is corrected under a decay on the dim that the correction keeps"
     peaks = [s.name for s in recurrence.states if s.peak]
     if peaks and any(n.op == "suffix" for n in walk(*roots)):
         return f"what comes back to the peak {peaks[0]} through sums over tokens cancels, and float32 would leave its rounding"
@@ -227,6 +251,7 @@ class _Planner:
         self.sizes = dict(recurrence.sizes)
         self.head = recurrence.outputs[0][1].head
         self.raw = {s.name: s for s in states}
+        self.solver = {u.leaf: s.name for s in states for u in s.solves}
         self.states = self.raw
         self.lowered: dict[Expr, Expr] = {}
         self.pure: dict[Expr, bool] = {}
@@ -270,6 +295,8 @@ class _Planner:
         if len(s.dims) < 2:
             writes = tuple(Write(_row(E.mul(w.row, w.col), s.dims), ONE, w.decayed) for w in writes)
         decay = tuple(self.lower(g) for g in s.decay)
+        solves = tuple(u.map(self.lower) for u in s.solves)
+        s = replace(s, solves=tuple(u if u.base == E.ZERO else replace(u, base=_row(u.base, u.leaf.dims, True)) for u in solves))
         return replace(s, writes=writes, decay=decay if s.peak or s.dense else tuple(E.call("exp", g) for g in decay))
 
     # ---- levels: which pass can make a value
@@ -282,6 +309,10 @@ class _Planner:
                 state = self.states[node.name]
                 gathered = self.body_level(state)
                 below = max(below, gathered + 1) if node.attr("at") == "all" else self.parity(max(below, gathered), state.reverse)
+            elif node.op == "solved":
+                state = self.states[self.solver[node]]
+                bodies = [x for x in self.bodies(state) if self.solver.get(x) != state.name]
+                below = self.parity(max(map(self.level, bodies), default=0), state.reverse)
             elif node.op == "suffix":
                 below = self.parity(below, True)
             elif node.op == "lead" and not self.is_pure(node):  # what the token after has is there once a pass is over
@@ -296,14 +327,18 @@ class _Planner:
 
     def body_level(self, state: State) -> int:
         """Returns the first pass that has the writes and decays of ``state``, in its direction."""
-        bodies = (*state.decay, *(x for w in state.writes for x in (w.row, w.col)))
-        least = max((self.level(x) for x in bodies), default=0)
+        least = max((self.level(x) for x in self.bodies(state)), default=0)
         return least if not state.causal else self.parity(least, state.reverse)
+
+    @staticmethod
+    def bodies(state: State) -> tuple[Expr, ...]:
+        """Lists what a token brings to a state, and what it writes that the state solves."""
+        return (*state.operands, *(x for w in state.writes for x in (w.row, w.col)))
 
     def is_pure(self, node: Expr) -> bool:
         """Tells whether ``node`` comes from inputs and params alone, so that any pass may compute it again."""
         if node not in self.pure:
-            self.pure[node] = node.op not in ("readout", "suffix") and all(self.is_pure(a) for a in node.args)
+            self.pure[node] = node.op not in ("readout", "suffix", "solved") and all(self.is_pure(a) for a in node.args)
         return self.pure[node]
 
     # ---- sweeps
@@ -325,12 +360,13 @@ class _Planner:
                             names.append(n.name)
                         if n.op == "suffix":
                             names.extend(n.attr("states").split())
+                        if n in self.solver:
+                            names.append(self.solver[n])
             while names:
                 name = names.pop()
                 if name not in done:
                     done.add(name)
-                    s = self.states[name]
-                    waiting.extend((*s.decay, *(x for w in s.writes for x in (w.row, w.col))))
+                    waiting.extend(self.bodies(self.states[name]))
         return found
 
     def make_sweeps(self, nodes: list[Expr]) -> None:
@@ -343,6 +379,10 @@ class _Planner:
             if not any(key[0] == name for key in self.sweeps):
                 state = self.states[name]
                 self.sweeps[name, state.dims[0] if len(state.dims) > 1 else "", self.body_level(state)] = []
+        solving = {self.solver[n] for n in nodes if n in self.solver}
+        for name in sorted(solving):
+            state = self.states[name]
+            self.sweeps.setdefault((name, state.solves[0].reads[0].attr("dim"), self.body_level(state)), [])
         for (name, rows, level), reads in list(self.sweeps.items()):
             state = self.states[name]
             lanes = next((d for d in state.dims if d != rows), "")
@@ -353,7 +393,8 @@ class _Planner:
             whole = any(n.attr("at") == "all" for n in reads)
             decay = () if whole or state.dense else state.decay
             each = elements(state.decay[0], lanes, rows) if state.dense else None
-            sweep = Sweep(state, rows, lanes, level, () if whole else writes, decay, tuple(reads), whole, each)
+            solves = state.solves if name in solving and rows != state.solves[0].leaf.dims[0] and level == self.body_level(state) else ()
+            sweep = Sweep(state, rows, lanes, level, () if whole else writes, decay, tuple(reads), whole, each, solves)
             self.made[name, rows, level] = sweep
             if whole:
                 self.made[name, rows, level - 1] = replace(sweep, level=level - 1, writes=writes, reads=(), whole=False)
@@ -478,7 +519,7 @@ def home(node: Expr) -> str:
 
 def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
     """Orders the nodes of a pass (operands first in ``nodes``) into loops, joining as many as can stand in one."""
-    left = dict.fromkeys(n for n in nodes if n.op != "readout")
+    left = dict.fromkeys(n for n in nodes if n.op not in ("readout", "solved"))
     inside = set(nodes)
     pending = list(sweeps)
     steps: list[Step] = []
@@ -487,7 +528,7 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
         return not any(a in missing for a in n.args)
 
     while left or pending:
-        missing = set(left) | {r for s in pending for r in s.reads if r in inside}
+        missing = set(left) | {r for s in pending for r in s.makes if r in inside or r.op == "solved"}
         found = False
         for dim in dict.fromkeys(["", *sorted(home(n) for n in left)]):
             chosen: list[Expr] = []
@@ -510,7 +551,7 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
             steps.append(Suffix(n) if n.op == "suffix" else Resize(n))
             del left[n]
             found = True
-        missing = set(left) | {r for s in pending for r in s.reads if r in inside}
+        missing = set(left) | {r for s in pending for r in s.makes if r in inside or r.op == "solved"}
         for s in list(pending):
             if not any(x in missing for x in s.operands):
                 steps.append(s)
