@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Peer:
         except ImportError as missing:
             return f"has no {self.module} that can be imported: {missing}"
         found: Function | None = getattr(module, self.function, None)
-        return f"has no {self.function} in {self.module}" if found is None else found
+        return f"has no {self.function} in {self.module}" if found is None else unwrap(found)  # the torch code, where kernels may wrap it
 
 
 def _mamba2(f: Function, x: Named) -> Tensor:
