@@ -93,6 +93,15 @@ def test_stages_in_kernels(name: str) -> None:
     assert [r for r in results if not r.ok] == []
 
 
+def test_channels_of_vector_states_may_be_many() -> None:
+    variant = lagen.spec.read(lagen.data.spec("rwkv4"))
+    subject = Subject(lagen.load(variant), variant, "triton")
+    case = cases.make(variant, Extent(5, batch=1, dims=(("D", 300),)), carried=True)
+    with poisoned():
+        results = list(laws.judge("families", subject, case, laws.call(subject, None)))
+    assert [r for r in results if not r.ok] == []
+
+
 @pytest.mark.parametrize("name", ["mlstm", "rwkv4", "abc"])
 @pytest.mark.parametrize("size", [-800.0, 800.0])
 def test_peaks_keep_exp_in_range(name: str, size: float) -> None:

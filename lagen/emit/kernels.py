@@ -220,7 +220,7 @@ class _Kernel:
         elif self.kernel.kind == "chunks":
             lines.append("T, HV, G, NY, NC, LEVELS")
         elif self.kernel.kind == "tokens":
-            lines.append("T, HV, G, NC" + "".join(f", N{p}" for p in sorted(self.shares())))
+            lines.append("T, HV, G, NC" + (", NY" if self.kernel.tile else "") + "".join(f", N{p}" for p in sorted(self.shares())))
         else:
             names = {name.partition("_")[0] for name, _ in self.pointers}
             lines.append("T, HV, G, NY, NSEG, SEG, LEVELS" + (", EVERY, NB" if "border" in names else ", NC" if "mark" in names else ""))
@@ -564,7 +564,8 @@ class _Kernel:
         rows = out.spread(value, full)
         text = f"tl.sum({rows if value.axes == full else f'tl.where({out.mask(full)}, {rows}, 0.0)'}, axis=0)"
         size = " * ".join(axes)
-        index = "(c_0 * (tl.num_programs(0) // NC) + i_b * HV + i_hv)"
+        programs = "tl.num_programs(0) // NY" if self.kernel.tile else "tl.num_programs(0)"
+        index = f"(c_0 * ({programs} // NC) + i_b * HV + i_hv)"
         at = f"{b.name} + {index}" + (f" * {size} + o_{axes[0].lower()}" if axes else "")
         mask = out.mask(axes)
         out.lines.append(f"tl.store({at}, {text}" + (f", mask={mask})" if mask else ")"))

@@ -327,10 +327,10 @@ class _Module:
         grid = {
             "sweep": f"N * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * NSEG",
             "step": f"B * {heads} * NY",
-            "tokens": f"B * {heads} * NC",
+            "tokens": f"B * {heads} * NC" + (" * NY" if k.tile else ""),
             "chunks": f"B * {heads} * NC" + ("" if any(s.value.op == "gram" for s in k.stores) else " * NY"),
         }[k.kind]
-        block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"B{k.tile}"
+        block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"min(64, _block({k.tile}))" if k.kind == "tokens" else f"B{k.tile}"
         tile = f"triton.cdiv({k.tile}, {block})" if k.tile else "1"
         if k.kind == "sweep":
             lines.append(f"NY = {tile}")
@@ -351,9 +351,10 @@ class _Module:
         else:
             length = "1" if step else "T"
             lines.append("NC = 1" if step else "NC = _rows(T, BT, cu_seqlens)")
+            lines += [f"NY = {tile}"] if k.tile else []
             shares = sorted({b.partial for b in self.loads(k) if b.partial})
             args.append(
-                f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC"
+                f"{length}, {heads}, {'1' if k.name.startswith('prepare') else 'G'}, NC{', NY' if k.tile else ''}"
                 + "".join(f", triton.cdiv({d}, B{d})" for d in shares)
             )
         if k.kind != "step":

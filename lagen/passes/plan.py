@@ -246,10 +246,19 @@ def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Bu
     }
 
 
-def _tokens(name: str, stores: list[Store], why: str) -> tuple[Kernel, ...]:
-    """Makes the kernel of token-wise stores, as torch operations where a vector changes its size; none where there is nothing."""
+def _tokens(name: str, stores: list[Store], why: str, wide: Iterable[str] = ()) -> tuple[Kernel, ...]:
+    """Makes the kernel of token-wise stores, as torch operations where a vector changes its size; none where there is nothing.
+
+    A dim of ``wide`` may have any size: stores that are all on it and sum over nothing have it on the grid.
+    """
     if not stores:
         return ()
+    nodes = list(walk(*(s.value for s in stores)))
+    for d in wide:
+        mine = [s for s in stores if s.buffer.dims == (d,)]
+        if mine and {x for n in nodes for x in n.dims} == {d} and not any(n.op in ROWS + SIZED for n in nodes):
+            rest = [s for s in stores if s not in mine]
+            return (Kernel(name, "tokens", tuple(mine), why, d), *_tokens(f"{name}_numbers", rest, why))
     sized = any(n.op in SIZED or (n.op == "contract" and n.dims) for s in stores for n in walk(s.value))
     return (Kernel(name, "torch" if sized else "tokens", tuple(stores), why + ("; sizes change: torch operations" if sized else "")),)
 
@@ -503,7 +512,10 @@ class _Pass:
                 )
             )
         out = beside(out, self.name)
-        return (*out, *_tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles"))
+        vectors = {s.dims[0] for s in self.states.values() if len(s.dims) == 1} - {
+            d for s in self.states.values() if len(s.dims) == 2 for d in s.dims
+        }
+        return (*out, *_tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles", vectors))
 
 
 def beside(kernels: list[Kernel], stem: str) -> list[Kernel]:

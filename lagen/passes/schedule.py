@@ -12,6 +12,9 @@ from lagen.ir.expr import walk
 from lagen.ir.plan import Kernel, Plan
 from lagen.ir.tunable import CHUNK, AtMost, Tunable, Tunables
 
+_VALUES = 24
+"""Vectors a token that a sweep of vector states computes in tiles of 64 without spilling."""
+
 _OPERANDS = 8
 """Matrix operands that a sweep of 64-wide tiles keeps in flight without spilling (8 warps, 128 x 128 states, bf16)."""
 
@@ -28,6 +31,9 @@ def widest_tile(k: Kernel) -> int:
     if k.kind == "chunks":  # pair sums of both kinds of read keep two sets of exponents
         return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op == "mix"}) <= 1 else 16
     matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds)
+    values = len({n for n in walk(*k.values) if n.dims and n.token})
+    if k.kind == "sweep" and not matrices and values > _VALUES:  # vector states alone: all that a token computes is alive at once
+        return 32 if values <= 2 * _VALUES else 16
     return 64 if matrices <= 1 and len(operands) <= _OPERANDS else 32
 
 
@@ -57,7 +63,7 @@ def widest(kernels: Sequence[Kernel]) -> dict[str, int]:
     """Returns the widest tile by place: of all kernels that share it, the least."""
     found: dict[str, int] = {}
     for k in kernels:
-        if k.tile:
+        if k.tile and k.kind != "tokens":
             found[place(k)] = min(found.get(place(k), 64), widest_tile(k))
     return found
 
