@@ -142,6 +142,11 @@ def _entries(job: Job, space: Tunables, state: State, chosen: Config, proof: Out
         notes["clock" if job.here else "model"] = timed.note
     if not job.here:
         notes["triton"] = importlib.metadata.version("triton")
+    if len(job.passes) > 1:
+        notes["times"] = "of " + " and ".join(job.passes) + " together"
+    unfit = next((d.outcome for d in state.done if d.config == space.default and isinstance(d.outcome, Failed)), None)
+    if unfit is not None:
+        notes["defaults"] = str(unfit)
     if isinstance(proof, Failed) and proof.reason == Reason.SPILLS:
         notes["verdict"] = f"spills least: {proof.detail}"
     elif not chosen.values:
