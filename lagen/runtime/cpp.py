@@ -214,8 +214,8 @@ class CppBackend:
         return None if isinstance(self.loaded, Missing) else self.loaded
 
     def choose(self, of: str, dtype: torch.dtype, sizes: dict[str, int], tokens: int, tasks: int) -> Mapping[str, int]:
-        """Returns the tuned config of a call, empty where none was tuned."""
-        if not self.choice.rows:
+        """Returns the tuned config of a call, empty where none was tuned, and where bits may not depend on the batch."""
+        if not self.choice.rows or torch.are_deterministic_algorithms_enabled():
             return NOTHING
         return self.choice.find(processor(), of, NAMES[dtype], tuple([(d, sizes[d]) for d in self.dims]), tokens, tasks)[0]
 
@@ -255,7 +255,7 @@ class CppBackend:
         """Returns how threads share a head where there are fewer heads than threads."""
         index = ctypes.c_int64.in_dll(library, "lagen_split").value
         wanted = -(-threads(most) // max(1, batch * sizes[self.heads]))
-        if index < 0 or wanted < 2:
+        if index < 0 or wanted < 2 or torch.are_deterministic_algorithms_enabled():  # how many share a head depends on the batch
             return Split("", 1, 0)
         size = sizes[self.dims[index]]
         vectors = -(-size // LANES)

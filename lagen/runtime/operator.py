@@ -74,6 +74,8 @@ class Operator:
         empty or not; states are [sequences, *head, *dims]. That it runs from 0 to T and never back is checked where the host can read
         it: on the CPU, in ``cu_seqlens_cpu`` (a copy that the caller keeps there), or with ``check``, which waits for the GPU; else a
         GPU's is taken as it is, and what is wrong in it reads and writes other memory. A torch backend on a GPU wants the copy, or waits.
+        A call repeats to the bit. Under torch.use_deterministic_algorithms Triton and C++ also choose no form by the batch, so that what
+        else is in it changes no bit of a sequence's results; params' gradients, which sum over it, apart.
         ``backend``: "triton", "cpp", "torch" or "oracle"; None takes what suits the device. ``check`` tests the spec's assumptions
         on the values. Raises ArgumentError before anything is launched.
         """
