@@ -34,6 +34,12 @@ SPECS = {  # inputs, init, recurrence
         "",
         "z: z[t-1] + k * k; S: 0.9 * S[t-1] + outer(k * rsqrt(z[t] + 1e-3), v); o: q @ S[t-1]",
     ),
+    "delta_rule_with_a_preconditioner": (
+        f"{KV}; beta: [H]; g: [H]",
+        "",
+        "_k: l2norm(k); z: sigmoid(g) * z[t-1] + _k * _k; _w: _k / (1 + z[t]); _R: sigmoid(g) * S[t-1]; "
+        "S: _R + sigmoid(beta) * outer(_w, v - _k @ _R); o: q @ S[t]",
+    ),
     "three_stages": (
         f"{KV}; x: [H]",
         "",

@@ -52,8 +52,8 @@ def corrections(lines: Lines, term: Term) -> tuple[Correction, ...]:
             scaled = wide[0].args[0] if wide[0].op == "neg" else wide[0]
             help = f"a correction's factor is a number; scale v alone, as in outer(k, {scaled} * v - k @ {lines.own}[t-1])"
             _refuse(lines, f"'{scaled}' has the dim {read.dims[0]} that the read '{lines.respell(read)}' leaves", help, scaled)
-        write = E.mul(ONE, *(f for f in factors if f.dims))
-        made.append(Correction(write, E.mul(ONE, *(f for f in factors if not f.dims)), read))
+        write = product(tuple(f for f in factors if f.dims), tuple(f for f in term.over if f.dims))
+        made.append(Correction(write, product(tuple(f for f in factors if not f.dims), tuple(f for f in term.over if not f.dims)), read))
     return tuple(made)
 
 
