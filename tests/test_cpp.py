@@ -164,7 +164,9 @@ def test_any_strides() -> None:
 
 
 @pytest.mark.parametrize("dims", [{"K": 13, "V": 11}, {"K": 64, "V": 64}, {"K": 70, "V": 130}], ids=str)
-@pytest.mark.parametrize("name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "by_value", "gated_deltanet"])
+@pytest.mark.parametrize(
+    "name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "by_value", "gated_deltanet", "rwkv7", "kda", "gated_oja"]
+)
 def test_token_by_token_is_the_whole(name: str, dims: dict[str, int]) -> None:
     op, variant = loaded(name)
     case = make(variant, Extent(5, dims=tuple(dims.items()), group=2), carried=True)

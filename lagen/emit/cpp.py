@@ -79,9 +79,7 @@ def in_place(forward: Program) -> bool:
     sweeps = [s for p in forward.passes for s in p.steps if isinstance(s, Sweep)]
     swept = [s.state.name for s in sweeps]
     return (
-        len(forward.passes) == 1
-        and len(set(swept)) == len(swept)
-        and all(s.state.causal and s.state.head == forward.head and not s.solves for s in sweeps)
+        len(forward.passes) == 1 and len(set(swept)) == len(swept) and all(s.state.causal and s.state.head == forward.head for s in sweeps)
     )
 
 
@@ -557,7 +555,9 @@ class _Printer:
         way = "-1" if s.state.reverse else "1"
         if s.rows and self.direction == "step":
             state = f"c.initial_{s.state.name}.state(b, h), {_size(s.rows)}, {_size(s.lanes)}"
-            lines.append(f"  step_matrix{shape[:-1]}, {self.is_first(s)}>({state}, decay, {operands});")
+            lines += [f"  step_solve<{count}, {self.is_first(s)}>({state}, decay, solved);"] * bool(count)
+            plain = f"{len(s.writes)}, {strict}, {len(reads) - strict}"
+            lines.append(f"  step_matrix<{plain}, {self.is_first(s)}>({state}, decay, {operands});")
         elif s.rows:
             lines.append(f"  Sweep{shape}(w.{s.label}, decay, {operands}, ahead{', solved' if solved else ''}).tile(n, {way});")
         else:
