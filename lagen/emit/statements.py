@@ -36,6 +36,8 @@ def zero_preserving(n: Expr) -> bool:
         return n.value == 0.0
     if n.op == "mul":
         return any(zero_preserving(a) and a.dims == n.dims for a in n.args) and all(finite(a) for a in n.args)
+    if n.op == "contract" and not n.dims:  # it is printed with zeros in place of one side's padding
+        return n.args[0 if zero_preserving(n.args[0]) else 1].token
     if n.op in FUNCTIONS and FUNCTIONS[n.op].zero and n.op != "div":
         return all(zero_preserving(a) and a.dims == n.dims for a in n.args)
     return False
