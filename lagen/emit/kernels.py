@@ -11,7 +11,7 @@ from lagen.emit.statements import Statements, Tile, finite
 from lagen.emit.step_statements import StepStatements
 from lagen.emit.templates import environment
 from lagen.ir import expr as E
-from lagen.ir.chunk import COL, ROW, Carry
+from lagen.ir.chunk import COL, ROW, SQUARES, Carry
 from lagen.ir.expr import Expr
 from lagen.ir.plan import Buffer, Hold, Kernel, Store
 from lagen.ir.recurrence import Recurrence, State, closings
@@ -30,6 +30,7 @@ class Printed:
     scaled: bool
     dims: tuple[str, ...]
     sizes: tuple[str, ...]  # dims of which only the size is used
+    exactly: bool = False  # some matmuls keep float32's digits whatever the inputs are
 
 
 class SweepStatements(Statements):
@@ -76,6 +77,11 @@ def print_kernel(
     return _Kernel(kernel, recurrence, states, heads, top, exact).print()
 
 
+def is_looped(kernel: Kernel) -> bool:
+    """Tells whether a chunks kernel sums over tiles of its dim in a loop."""
+    return kernel.kind == "chunks" and bool(kernel.tile) and any(s.value.op in ("gram", *SQUARES) for s in kernel.stores)
+
+
 class _Kernel:
     """The parts of one kernel while it is printed."""
 
@@ -93,6 +99,7 @@ class _Kernel:
             self.out = Statements(names, roots, rows_end="T - first * BT")
         self.out.exact = exact
         self.before: list[str] = []
+        self.exact_matmuls = False
         self.after: list[str] = []
         self.pointers: list[tuple[str, State]] = []
 
@@ -101,9 +108,11 @@ class _Kernel:
         body = {"sweep": self.sweep, "step": self.step, "tokens": self.tokens, "chunks": self.chunks}[self.kernel.kind]()
         dims = self.dims()
         offsets = self.offsets(dims)
-        if self.kernel.kind == "chunks":  # offsets of the dim that the kernel loops over change with the loop
+        if self.kernel.kind == "chunks" and self.kernel.tile:  # offsets of the dim that the kernel loops over change with the loop
             body = [x for x in offsets if x.startswith((f"o_{self.kernel.tile.lower()} ", f"m_{self.kernel.tile.lower()} "))] + body
-            offsets = [x for x in offsets if x not in body and not x.startswith("o_c ")]
+            offsets = [x for x in offsets if x not in body]
+        if self.kernel.kind == "chunks":
+            offsets = [x for x in offsets if not x.startswith("o_c ")]
         before = offsets + self.out.head + self.bases() + self.before
         signature = self.signature(dims)
         prelude = sorted(self.out.prelude | ({"lg_sequence"} if self.out.rows else set()))
@@ -111,7 +120,7 @@ class _Kernel:
         text = "\n".join(before + body + self.after)
         source = template.render(
             kernel=self.kernel,
-            looped=any(s.value.op == "gram" for s in self.kernel.stores),
+            looped=is_looped(self.kernel),
             role=bool(self.kernel.launch),
             signature=signature,
             doc=self.doc(),
@@ -121,9 +130,8 @@ class _Kernel:
             after=self.after,
         )
         tensors = tuple((n, self.buffer(n)) for n in self.tensor_names())
-        return Printed(
-            self.kernel, source, tuple(signature), tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims, self.extra(dims)
-        )
+        named = tuple(signature), tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims, self.extra(dims)
+        return Printed(self.kernel, source, *named, self.exact_matmuls)
 
     # -- parts --------------------------------------------------------------------------------------------------------------------
 
@@ -230,7 +238,7 @@ class _Kernel:
             lines += [", ".join(f"{d}: tl.constexpr" for d in dims), ", ".join(f"B{d}: tl.constexpr" for d in dims)]
         if self.extra(dims):
             lines.append(", ".join(f"{d}: tl.constexpr" for d in self.extra(dims)))
-        lines.append("DT: tl.constexpr, PRECISION: tl.constexpr")
+        lines.append("DT: tl.constexpr, PRECISION: tl.constexpr" + (", EXACT: tl.constexpr" if self.exact_matmuls else ""))
         flags = self.flags()
         if flags:
             lines.append(", ".join(f"{f}: tl.constexpr" for f in flags))
@@ -485,6 +493,8 @@ class _Kernel:
                 continue
             factors = [out.spread(Tile(f"tl.exp({out.wide(g).text})", out.axes(g)), axes) for g in state.decay]
             out.lines.append(f"{name}_d = " + " * ".join([name, *factors]))
+            for u in state.solves:
+                out.tiles[u.leaf] = out.let(f"b_{u.leaf.name}", out.wide(u.value).text, out.axes(u.leaf))
             terms = [f"{name}_d"]
             for w in state.writes:
                 sides = [out.spread(out.wide(x), axes) for x in (w.row, w.col) if x != E.ONE]
@@ -515,17 +525,23 @@ class _Kernel:
     def chunks(self) -> list[str]:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
         out = self.out
-        for store in self.kernel.stores:
-            if store.value.op != "gram":
-                self.store(store)
-                continue
-            name = out.fresh(f"b_{store.buffer.name}")
+        summed = [s for s in self.kernel.stores if s.value.op in ("gram", *SQUARES)]
+        grams = dict.fromkeys(n for s in summed for n in E.walk(s.value) if n.op == "gram" and len(n.args) == 3)
+        names = {s.value: s.buffer.name for s in summed}
+        for gram in grams:
+            name = out.fresh(f"b_{names.get(gram, 'A')}")
             self.before.append(f"{name} = tl.zeros([BT, BT], tl.float32)")
-            out.lines.append(f"{name} = {out.add_gram(store.value, name)}")
-            lines, out.lines = out.lines, []
-            self.write(store.buffer, (ROW, COL), Tile(name, (ROW, COL)))
-            self.after += [x.replace("o_t", "o_c") for x in out.lines]
-            out.lines = lines
+            out.lines.append(f"{name} = {out.add_gram(gram, name)}")
+            out.tiles[gram] = Tile(name, (ROW, COL))
+        for store in self.kernel.stores:
+            if store in summed and grams:  # what is summed over the loop is stored after it
+                lines, out.lines = out.lines, []
+                self.write(store.buffer, (ROW, COL), out.wide(store.value))
+                self.after += out.lines
+                out.lines = lines
+            else:
+                self.store(store)
+        self.exact_matmuls = out.exactly or any("EXACT" in x for x in self.after)
         return out.lines
 
     def tokens(self) -> list[str]:

@@ -38,6 +38,12 @@ def zero_preserving(n: Expr) -> bool:
         return any(zero_preserving(a) and a.dims == n.dims for a in n.args) and all(finite(a) for a in n.args)
     if n.op == "contract" and not n.dims:  # it is printed with zeros in place of one side's padding
         return n.args[0 if zero_preserving(n.args[0]) else 1].token
+    if n.op in ("inter", "gram"):  # a row of zeros reads and scores nothing; a carry's lanes are 0 where they are padding
+        return bool(n.args[0].dims) and zero_preserving(n.args[0])
+    if n.op == "flip":  # columns of padding were scored by rows of zeros
+        return n.args[0].op == "stored"
+    if n.op == "mix":  # what is added up is guarded
+        return bool(n.dims) and n.args[0].dims == (COL,) and zero_preserving(n.args[0])
     if n.op in FUNCTIONS and FUNCTIONS[n.op].zero and n.op != "div":
         return all(zero_preserving(a) and a.dims == n.dims for a in n.args)
     return False
@@ -143,7 +149,8 @@ class Statements:
     def tile(self, n: Expr) -> Tile:
         """Prints ``n`` (once) and returns its tile; raises NotImplementedError for an op that has no Triton form."""
         if n not in self.tiles:
-            self.tiles[n] = self.make(n)
+            turned = Expr(n.op, n.args[::-1], n.name, n.value, n.dims, n.head, n.token, n.attrs) if n.op == "contract" else n
+            self.tiles[n] = self.tiles[turned] if turned in self.tiles else self.make(n)
         return self.tiles[n]
 
     def make(self, n: Expr) -> Tile:
@@ -377,6 +384,8 @@ class Statements:
     def weights(self, n: Expr) -> Tile:
         """Prints the pair weights of a mix: scores and numbers, decayed and masked."""
         w, pairs = n.args[:2]
+        if pairs == E.ONE:  # a block of an inverse: zero where no pair counts
+            return self.tile(w)
         key = Expr("weights", (w, pairs), dims=(COL,), token=True)
         if key not in self.tiles:
             tile, p = self.wide(w), self.tile(pairs)
@@ -386,6 +395,25 @@ class Statements:
             else:
                 self.tiles[key] = p if w == E.ONE else self.let("b_P", f"{text} * {p.text}", (ROW, COL))
         return self.tiles[key]
+
+    def make_weigh(self, n: Expr) -> Tile:
+        """Prints what each token reads of another's write."""
+        return self.weights(n)
+
+    def make_inverse(self, n: Expr) -> Tile:
+        """Prints (I - A)^-1 of strictly lower weights."""
+        self.prelude.add("lg_inverse")
+        return self.let("b_T", f"lg_inverse({self.wide(n.args[0]).text}, LEVELS, BT, EXACT)", (ROW, COL))
+
+    def make_compose(self, n: Expr) -> Tile:
+        """Prints the product of two tables of pair weights, in float32."""
+        p, q = (self.wide(a).text for a in n.args)
+        return self.let("b_Q", f"tl.dot({p}, {q}, input_precision=EXACT)", (ROW, COL))
+
+    @property
+    def exactly(self) -> bool:
+        """Tells whether some matmul keeps float32's digits whatever the inputs are."""
+        return any("EXACT" in line for line in self.lines)
 
     def make_gram(self, n: Expr) -> Tile:
         """Prints pair scores; with a gate, through dyadic anchors."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lagen.emit.forms import segments
-from lagen.emit.kernels import Printed, print_kernel
+from lagen.emit.kernels import Printed, is_looped, print_kernel
 from lagen.emit.roles import merge_arguments, print_roles
 from lagen.emit.templates import environment
 from lagen.emit.torch import reads_neighbours, render_tokens
@@ -233,7 +233,7 @@ class _Module:
         for k in kernels:
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
-            if k.kind == "chunks":
+            if k.kind == "chunks" and k.tile:
                 lines.append(f'BT, B{k.tile}_chunk = _config(tuned, chunk, "{place(k)}", {k.tile}, 16, {size}, {cap[place(k)]})[:2]')
             elif k.kind in ("sweep", "step"):
                 called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)})'
@@ -263,6 +263,7 @@ class _Module:
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
         lines, args, grid = self.call(k, p, step)
         warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1")
+        warps = "4" if k.kind == "chunks" and not k.tile else warps  # one tile of pair weights
         return lines + self.calls(k.name, grid, [x for _, x in args], warps, stages)
 
     def calls(self, name: str, grid: str, args: list[str], warps: str, stages: str) -> list[str]:
@@ -328,7 +329,7 @@ class _Module:
             "sweep": f"N * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * NSEG",
             "step": f"B * {heads} * NY",
             "tokens": f"B * {heads} * NC" + (" * NY" if k.tile else ""),
-            "chunks": f"B * {heads} * NC" + ("" if any(s.value.op == "gram" for s in k.stores) else " * NY"),
+            "chunks": f"B * {heads} * NC" + ("" if is_looped(k) else " * NY"),
         }[k.kind]
         block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"min(64, _block({k.tile}))" if k.kind == "tokens" else f"B{k.tile}"
         tile = f"triton.cdiv({k.tile}, {block})" if k.tile else "1"
@@ -364,7 +365,7 @@ class _Module:
             args.append(", ".join(block if d == k.tile else f"_block({d})" for d in p.dims))
         if p.sizes:
             args.append(", ".join(p.sizes))
-        args.append("_DTYPES[dtype], _precision(dtype)")
+        args.append("_DTYPES[dtype], _precision(dtype)" + (", _precision(torch.float32)" if p.exactly else ""))
         flags = ["slots is not None" if k.kind == "step" else "False" if step else "cu_seqlens is not None"]
         if k.kind == "sweep":
             flags.append(f"{'T' if k in self.plan.borders else 'SEG * BT'} * widest >= 2**31")

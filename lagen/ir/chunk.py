@@ -14,6 +14,9 @@ ir/expr.py there are:
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
+    weigh(W, P)              W * P: what each token reads of another's write                                     [C, C]
+    inverse(A)               (I - A)^-1 of strictly lower weights                                                [C, C]
+    compose(P, Q)            P Q over the tokens                                                                 [C, C]
     spans(x)                 sum over the chunk's pairs (reader i, earlier writer) in x with i >= t > writer     [C, ..]
     suffix(x, y)             as in ir/recurrence.py; a forward sweep made x: as it is (reads=rows), or spans(x)  [C, ..]
 
@@ -27,7 +30,8 @@ Every exponent is <= 0. What it is not: no memory and no kernels. Who makes it: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
@@ -36,7 +40,14 @@ from lagen.ir.expr import Expr, show, walk
 ROW, COL = "@", "#"
 """The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
-TILE_OPS = ("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans")
+TILE_OPS = (
+    *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans"),
+    *("weigh", "inverse", "compose"),
+)
+
+
+SQUARES = ("inverse", "compose", "add")
+"""Ops that the blocks of an inverse have on top."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,10 @@ class Carry:
     def value(self) -> Expr:
         """Returns the carry as an operand."""
         return Expr("carry", name=self.state, dims=tuple(sorted(d for d in (self.x, self.y) if d)))
+
+    def map(self, f: Callable[[Expr], Expr]) -> Carry:
+        """Returns the carry with ``f`` applied to what it shrinks by and what is added to it."""
+        return replace(self, factors=tuple(map(f, self.factors)), terms=tuple(Term(f(t.near), f(t.far)) for t in self.terms))
 
     def __str__(self) -> str:
         if not self.updated:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lagen.ir.chunk import Carry, Term
+from lagen.ir.chunk import Carry
 from lagen.ir.expr import Expr, reads, show, walk
 from lagen.ir.recurrence import State, closings
 
@@ -84,19 +84,14 @@ class Kernel:
         terms = [x for c in carries for t in c.terms for x in (t.near, t.far)]
         return [s.value for s in self.stores] + terms + [f for c in carries for f in c.factors]
 
+    @property
+    def tile_key(self) -> tuple[bool, str]:
+        """Returns what tells a pass's sweeps apart: the direction, and the dim on the grid."""
+        return self.reverse, self.tile
+
     def map(self, f: Callable[[Expr], Expr]) -> Kernel:
         """Returns the kernel with ``f`` applied to every value."""
-        holds = tuple(
-            replace(
-                h,
-                carry=replace(
-                    h.carry,
-                    factors=tuple(map(f, h.carry.factors)),
-                    terms=tuple(Term(f(t.near), f(t.far)) for t in h.carry.terms),
-                ),
-            )
-            for h in self.holds
-        )
+        holds = tuple(replace(h, carry=h.carry.map(f)) for h in self.holds)
         return replace(self, stores=tuple(replace(s, value=f(s.value)) for s in self.stores), holds=holds)
 
     def __str__(self) -> str:

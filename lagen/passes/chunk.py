@@ -10,10 +10,12 @@ stripped off it and ride on the pair weights and accumulators, so matmul operand
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, Carry, Term
 from lagen.ir.expr import Expr
-from lagen.ir.recurrence import State
+from lagen.ir.recurrence import Solve, State
 
 
 def strip(e: Expr) -> tuple[Expr, Expr]:
@@ -64,8 +66,8 @@ def sides(state: State, x: str, write_row: Expr, write_col: Expr) -> tuple[Expr,
     return write_col, write_row
 
 
-def lower_readout(node: Expr, state: State, carry: Carry) -> Expr:
-    """Lowers one readout to tiles: what the carry holds, and the pairs inside the chunk."""
+def lower_readout(node: Expr, state: State, carry: Carry, without: frozenset[Expr] = frozenset()) -> Expr:
+    """Lowers one readout to tiles: what the carry holds, and the pairs inside the chunk; ``without`` are writes that do not count."""
     x, y = carry.x, carry.y
     on_x, on_y, on_none = _decays(state, x, y)
     at = node.attr("at")
@@ -82,19 +84,139 @@ def lower_readout(node: Expr, state: State, carry: Carry) -> Expr:
     out = E.mul(number, *([reach(on_none)] if on_none else []), _inter(r_in, carry), *([reach(on_y)] if on_y else []))
     for write in state.writes:
         near, far = sides(state, x, write.row, write.col)
-        (n_near, v_near), (n_far, v_far) = strip(near), strip(far)
+        if far in without:
+            continue
         kind = {
             "inclusive": str(int(at in ("now", "since"))),
             "prev": str(int(prev if not reverse else not write.decayed)),
             "reverse": str(int(reverse)),
         }
-        written = E.mul(n_near, n_far)
-        weight = E.mul(number, _tile("col", written, dims=(COL,)) if written.token else written)
-        if r.dims:
-            weight = E.mul(_scores(r, v_near, on_x, kind), weight)
-        pairs = _tile("pairs", *([on_none] if on_none else []), dims=(COL,), **kind)
+        n_far, v_far = strip(far)
+        weight, pairs = _weights(node.args[0], near, n_far, on_x, on_none, kind)
         out = E.add(out, _tile("mix", weight, pairs, v_far, *([on_y] if on_y else []), dims=v_far.dims, **(kind if on_y else {})))
     return out
+
+
+def _weights(
+    vector: Expr, near: Expr, far: Expr, on_x: Expr | None, on_none: Expr | None, kind: dict[str, str]
+) -> tuple[Expr, Expr]:
+    """Makes what tokens with ``vector`` read of writes along ``near`` with the number ``far``: weights, and the pairs that count."""
+    (number, r), (n_near, v_near) = strip(vector), strip(near)
+    written = E.mul(n_near, far)
+    weight = E.mul(number, _tile("col", written, dims=(COL,)) if written.token else written)
+    if r.dims:
+        weight = E.mul(_scores(r, v_near, on_x, kind), weight)
+    return weight, _tile("pairs", *([on_none] if on_none else []), dims=(COL,), **kind)
+
+
+def lower_solve(leaf: Expr, state: State, carry: Carry) -> Expr:
+    """Lowers a solved value: (I - A)^-1, of what tokens read of each other's solved values, times what else there is.
+
+    A decay on the dim that is kept stands between tokens and telescopes along every path of A, so that the inverse is taken without it.
+    """
+    on_y = _decays(state, carry.x, carry.y)[1]
+    kind = {"prev": "0", "inclusive": "1", "reverse": str(int(state.reverse))}
+    leaves = [u.leaf for u in state.solves]
+    known = [_known(u, state, carry, frozenset(leaves)) for u in state.solves]
+    inverse = inverses(state, carry.x)[leaves.index(leaf)]
+    parts = [
+        _tile("mix", t, E.ONE, x, *([on_y] if on_y else []), dims=leaf.dims, **(kind if on_y else {}))
+        for t, x in zip(inverse, known, strict=True)
+        if t != E.ZERO
+    ]
+    return E.add(*parts)
+
+
+def _known(u: Solve, state: State, carry: Carry, solved: frozenset[Expr]) -> Expr:
+    """Lowers what a value is solved from; the token's own writes, where the base holds them all, are read along with the later ones."""
+    terms = E.addends(u.base)
+    reads = []
+    for r in u.reads:
+        writes = tuple(w for w in state.writes if w.row not in solved and w.col not in solved)
+        own = [E.mul(_pair(near, r.args[0]), far) for near, far in (sides(state, carry.x, w.row, w.col) for w in writes)]
+        if own and r.attr("at") == "later" and all(w.decayed for w in writes) and all(o in terms for o in own):
+            for o in own:
+                terms.remove(o)
+            since = tuple((k, "since" if k == "at" else v) for k, v in r.attrs)
+            r = replace(r, attrs=since, _hash=0)
+        reads.append(lower_readout(r, state, carry, solved))
+    return E.add(*terms, *reads)
+
+
+def _pair(a: Expr, b: Expr) -> Expr:
+    return E.contract(a, b) if a.dims and a.dims == b.dims else E.mul(a, b)
+
+
+def inverses(state: State, x: str) -> list[list[Expr]]:
+    """Makes the blocks of (I - A)^-1 for what ``state`` solves over ``x``: each token sees the solved values of those before it.
+
+    A reverse state's system is its forward state's transposed, so that one inverse serves both.
+    """
+    rows = state.solves[::-1] if state.reverse else state.solves
+    on_x, _, on_none = _decays(state, x, "")
+    readers: list[list[tuple[Expr, str]]] = []
+    writers: list[Expr] = []
+    for u in rows:
+        found = [(sides(state, x, w.row, w.col)[0], w.decayed) for w in state.writes if u.leaf in (w.row, w.col)]
+        if state.reverse:
+            writers.append(u.reads[0].args[0])
+            readers.append([(near, "0" if decayed else "1") for near, decayed in found])
+        else:
+            writers.append(found[0][0])
+            readers.append([(r.args[0], str(int(r.attr("at") == "previous"))) for r in u.reads])
+    blocks = [
+        [
+            E.add(
+                *(
+                    _tile("weigh", *_weights(r, w, E.ONE, on_x, on_none, {"inclusive": "0", "prev": prev, "reverse": "0"}), dims=(COL,))
+                    for r, prev in reads
+                )
+            )
+            for w in writers
+        ]
+        for reads in readers
+    ]
+    inverse = _inverted(blocks)
+    if not state.reverse:
+        return inverse
+    n = len(inverse)
+    return [[_flip(inverse[n - 1 - j][n - 1 - i]) for j in range(n)] for i in range(n)]
+
+
+def _flip(t: Expr) -> Expr:
+    return t if t == E.ZERO else _tile("flip", t, dims=(COL,))
+
+
+def _inverted(blocks: list[list[Expr]]) -> list[list[Expr]]:
+    """Inverts I - A block by block, every block of A being strictly lower: I - A = L U by elimination, then U^-1 L^-1."""
+    n = len(blocks)
+    a = [list(row) for row in blocks]
+    diagonal: list[Expr] = []
+    below: dict[tuple[int, int], Expr] = {}
+    for k in range(n):
+        diagonal.append(_tile("inverse", a[k][k], dims=(COL,)))
+        for i in range(k + 1, n):
+            below[i, k] = _compose(a[i][k], diagonal[k])
+            for j in range(k + 1, n):
+                a[i][j] = E.add(a[i][j], _compose(below[i, k], a[k][j]))
+    out = [[E.ZERO] * n for _ in range(n)]
+    for c in range(n):
+        left = [E.ONE if i == c else E.ZERO for i in range(n)]  # column c of L^-1; ONE is the identity
+        for i in range(c + 1, n):
+            left[i] = E.add(*(_compose(below[i, k], left[k]) for k in range(c, i)))
+        for i in reversed(range(n)):
+            rest = E.add(*(_compose(a[i][j], out[j][c]) for j in range(i + 1, n)))
+            # P (I + rest) = P + P rest
+            own = _compose(diagonal[i], left[i])
+            out[i][c] = E.add(own, _compose(diagonal[i], rest))
+    return out
+
+
+def _compose(p: Expr, q: Expr) -> Expr:
+    """Makes P Q of pair weights, of which ONE is the identity."""
+    if E.ZERO in (p, q):
+        return E.ZERO
+    return q if p == E.ONE else p if q == E.ONE else _tile("compose", p, q, dims=(COL,))
 
 
 def _scores(r: Expr, near: Expr, gate: Expr | None, kind: dict[str, str]) -> Expr:
@@ -138,3 +260,26 @@ def carry_of(state: State, x: str, updated: bool = True) -> Carry:
         terms.append(Term(v_near, E.mul(v_far, number)))
     factors = tuple(whole(g) for g in state.decay)
     return Carry(state.name, x, y, state.reverse, factors, tuple(terms) if updated else (), updated)
+
+
+def merge(e: Expr) -> Expr:
+    """Adds pair weights that meet the same pairs and vector before they meet it: one matmul where there were two."""
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op not in ("add", "sub"):
+            return None
+        groups: dict[object, list[Expr]] = {}
+        for t in E.addends(n):
+            groups.setdefault((t.args[1:], t.attrs) if t.op == "mix" else t, []).append(t)
+        if not any(len(g) > 1 for g in groups.values()):
+            return None
+        out = []
+        for g in groups.values():
+            if len(g) > 1 and g[0].op == "mix":
+                weights = E.add(*(t.args[0] for t in g))
+                out.append(Expr("mix", (weights, *g[0].args[1:]), dims=g[0].dims, token=True, attrs=g[0].attrs))
+            else:
+                out.extend(g)
+        return E.add(*out)
+
+    return E.rewrite(e, rule)

@@ -11,23 +11,24 @@ Rules, none of them about a variant:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import Carry
 from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
-from lagen.ir.recurrence import Adjoint, Recurrence, State, Write, closings
-from lagen.passes.chunk import carry_of, lower_readout
+from lagen.ir.recurrence import Adjoint, Recurrence, State, closings
+from lagen.passes.chunk import carry_of, lower_readout, lower_solve, merge
 from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
+from lagen.passes.order import apart, in_circles, in_order
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.simplify import factor, simplify
 from lagen.passes.spans import split_spans
 from lagen.passes.stages import Stage, stages, unswept
-from lagen.passes.whole_decay import load, others, stored, take_out
+from lagen.passes.whole_decay import load, others, stored, take_inverses, take_out
 
 ROWS = ("contract", "sum", "mean", "rowmax")
 SIZED = ("concat", "taylor2", "quad", "rename", "part", "untaylor2", "unquad", "outer")
@@ -51,19 +52,23 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     table = {n: b.leaf for n, b in prepared.items()}
     core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
     back = _map_adjoint(back, lambda e: E.substitute(e, table))
-    stepped = core
+    outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
+    step, stepped = _step(core, outputs), core.states
     roots = [*(e for _, e in core.outputs), *_operands(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
     peaks, maxima = peak_sweeps(core.states, roots, taken)
     maximum = {n: b.leaf for n, b in maxima.items()}
     core = _map_recurrence(replace(core, states=tuple(s for s in core.states if not s.peak)), lambda e: E.substitute(e, maximum))
     back = _map_adjoint(back, lambda e: E.substitute(e, maximum))
+    # solved values cross memory: their own sweep computes them, all others load them
+    solved = {u.leaf: Buffer(u.leaf.name, head, u.leaf.dims, True, "input") for s in core.states + back.states for u in s.solves}
+    core = replace(core, states=tuple(_known(s, solved) for s in core.states))
+    back = replace(_map_adjoint(back, lambda e: E.substitute(e, _leaves(solved))), states=tuple(_known(s, solved) for s in back.states))
     saved = _saved(core, back, head)
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
     loads = {n: b.leaf for n, b in saved.items()}
     back = _map_adjoint(back, lambda e: factor(push_leads(E.substitute(e, loads), _loaded)))
     numbers = _prepared(_operands(back.states, [e for _, e in back.gradients]), (), "w", taken, head)
     back = _map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in numbers.items()}))
-    outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     kept = {b.name: b for b in saved.values() if b.name not in outputs}
 
     prepare = tuple(
@@ -76,32 +81,40 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         )
     )
     targets = [(outputs[name], e) for name, e in core.outputs] + [(kept[b.name], n) for n, b in saved.items() if b.name in kept]
+    buffers = {b.leaf: b for b in solved.values()}
+    own, back_own = ([(buffers[u.leaf], u.leaf) for s in states for u in s.solves] for states in (core.states, back.states))
     gradients = [
         (Buffer(f"d{t.name}", head, t.dims, t.token, "own"), e)
         for t, (_, e) in zip(recurrence.inputs + recurrence.params, back.gradients, strict=True)
     ]
     ends = {s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states}
-    taken |= {b.name for b in kept.values()}
-    ahead = _stages("forward", stages(core.states, targets, head, taken), head, ends, (), taken, {})
+    taken |= {b.name for b in (*kept.values(), *solved.values())}
+    ahead = _stages("forward", stages(core.states, targets + own, head, taken), head, ends, (), taken, {})
     decayed = {n: b for launched in ahead for n, b in stored(launched.chunked).items()}
     ends = {s.name: (f"initial_{s.name}", "") for s in core.states}
     ends |= {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states}
-    behind = _stages("backward", stages(core.states + back.states, gradients, head, taken), head, ends, core.states, taken, decayed)
+    known = tuple(replace(s, solves=()) for s in core.states)
+    behind = _stages("backward", stages(known + back.states, gradients + back_own, head, taken), head, ends, known, taken, decayed)
     undone = {n: b for launched in behind for n, b in stored(launched.chunked).items()}
-    returned = [k for launched in behind for k in (*launched.chunked, *launched.sweeps)]
+    returned = [k for launched in behind for k in launched.kernels]
     # what the forward stores beyond its pair sums serves the backward too
     kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in returned)]
     first = _tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
     whole = len(ahead) == len(behind) == 1 and not peaks  # what crosses between stages is not there when scans are cut
     borders = tuple(load(load(_border(s), decayed), undone) for s in core.states + back.states) if whole else ()
+    # nor is what a sweep solves
+    late = {leaf for _, leaf in back_own}
+    late |= {b.leaf for n, b in undone.items() if not late.isdisjoint(walk(n))}
+    cuttable = late.isdisjoint(walk(*(v for k in borders for v in k.values)))
+    made_before = [*prepared.values(), *kept.values(), *maxima.values(), *(b for b, _ in own)]
     made = Plan(
         recurrence.name,
-        (*prepare, *peaks, *(k for launched in ahead for k in (*launched.chunked, *launched.sweeps))),
+        (*prepare, *peaks, *(k for launched in ahead for k in launched.kernels)),
         (*first, *returned),
-        (*prepare, *_step(stepped, outputs)) if all(s.causal for s in core.states) else (),
-        (*prepared.values(), *kept.values(), *maxima.values(), *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
-        stepped.states + back.states,
-        borders if all(s.causal and s.head == head for s in core.states) else (),
+        (*prepare, *step) if all(s.causal for s in core.states) else (),
+        (*made_before, *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
+        stepped + back.states,
+        borders if cuttable and all(s.causal and s.head == head for s in core.states) else (),
     )
     made.verify()
     return made
@@ -113,6 +126,11 @@ class _Launched:
 
     chunked: tuple[Kernel, ...]
     sweeps: tuple[Kernel, ...]
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Lists all launches, each after those whose values it loads."""
+        return in_order((*self.chunked, *self.sweeps))
 
 
 def _stages(
@@ -131,8 +149,12 @@ def _stages(
         label = name if i == 0 else f"{name}_{i}"
         one = _Pass(label, stage.states, head, "t" if i == 0 else f"t{i}_")
         one.settle(list(stage.targets))
+        if len(found) > 1 and one.solved:
+            raise NotImplementedError(f"no Triton form for what is solved in stages: {', '.join(u.name for u in one.solved)}")
         sweeps = tuple(load(k, decayed) for k in one.kernels(ends, given, sunk))
-        chunked = take_out(label, sweeps, head, taken)
+        inverses = take_inverses(sweeps, head, taken)
+        sweeps = tuple(load(k, {s.value: s.buffer for s in inverses}) for k in sweeps)
+        chunked = take_out(label, sweeps, head, taken, frozenset(one.solved), inverses)
         decayed = decayed | stored(chunked)
         out.append(_Launched(tuple(load(k, others(decayed, k)) for k in chunked), tuple(load(k, decayed) for k in sweeps)))
         given = (*given, *(s for s in stage.states if not s.causal))
@@ -165,21 +187,33 @@ def _totals(e: Expr, states: dict[str, State]) -> Expr:
 # ---- values as a whole ----------------------------------------------------------------------------------------------------------
 
 
-def _map_state(s: State, f: Callable[[Expr], Expr]) -> State:
-    return replace(s, decay=tuple(f(g) for g in s.decay), writes=tuple(Write(f(w.row), f(w.col), w.decayed) for w in s.writes))
-
-
 def _map_recurrence(r: Recurrence, f: Callable[[Expr], Expr]) -> Recurrence:
-    return replace(r, states=tuple(_map_state(s, f) for s in r.states), outputs=tuple((n, f(e)) for n, e in r.outputs))
+    return replace(r, states=tuple(s.map(f) for s in r.states), outputs=tuple((n, f(e)) for n, e in r.outputs))
 
 
 def _map_adjoint(a: Adjoint, f: Callable[[Expr], Expr]) -> Adjoint:
-    return replace(a, states=tuple(_map_state(s, f) for s in a.states), gradients=tuple((n, f(e)) for n, e in a.gradients))
+    return replace(a, states=tuple(s.map(f) for s in a.states), gradients=tuple((n, f(e)) for n, e in a.gradients))
+
+
+def _leaves(buffers: dict[Expr, Buffer]) -> dict[Expr, Expr]:
+    return {e: b.leaf for e, b in buffers.items()}
+
+
+def _known(s: State, solved: dict[Expr, Buffer]) -> State:
+    """Gives a state the buffers of what is solved in place of the values."""
+    made = s.map(lambda e: E.substitute(e, _leaves(solved)))
+    return replace(made, solves=tuple(replace(u, leaf=solved[u.leaf].leaf) for u in made.solves))
 
 
 def _operands(states: Iterable[State], roots: Iterable[Expr]) -> list[Expr]:
-    """Lists what the sweeps take: decays, both sides of writes, vectors of readouts."""
-    out = [x for s in states for w in s.writes for x in (w.row, w.col)] + [g for s in states for g in s.decay]
+    """Lists what the sweeps take: decays, both sides of writes, vectors of readouts, what solved values start from.
+
+    The sweep that solves has every dim whole but the one that the solved values have: what sums over another one needs no kernel.
+    """
+    out: list[Expr] = []
+    for s in states:
+        here = {u.base for u in s.solves if not any(n.op in SIZED or (n.op in ROWS and n.attr("dim") in u.leaf.dims) for n in walk(u.base))}
+        out += [x for x in s.operands if x not in here]
     return out + [n.args[0] for r in roots for n in E.reads(r, "readout")]
 
 
@@ -207,7 +241,7 @@ def _prepared(wanted: list[Expr], names: tuple[tuple[str, Expr], ...], stem: str
         early=lambda n: n.op in ROWS + SIZED and not E.reads(n, "readout"),
         cost=lambda n: _bytes(n) if n.op in LEAVES else 2.2 * _bytes(n) + 4,
     )
-    nodes = [n for n in walk(*wanted) if n in chosen and n.op not in LEAVES and n.token and not E.reads(n, "readout")]
+    nodes = [n for n in walk(*wanted) if n in chosen and n.args and n.token and not E.reads(n, "readout")]
     named = _named(nodes, names, stem, taken)
     return {n: Buffer(named[n], head or n.head, n.dims, n.token, "input" if n.dims else "float32") for n in nodes}
 
@@ -224,7 +258,7 @@ def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Bu
         wanted.append(n)
         return n
 
-    roots = [x for s in adjoint.states for w in s.writes for x in (w.row, w.col)] + [e for _, e in adjoint.gradients]
+    roots = [x for s in adjoint.states for x in s.operands] + [e for _, e in adjoint.gradients]
     for root in roots:
         E.rewrite(root, visit)
     # a strict readout that the forward happens to have too is not "after": the backward's sweep computes it in passing
@@ -266,8 +300,12 @@ def _tokens(name: str, stores: list[Store], why: str, wide: Iterable[str] = ()) 
 def _border(s: State) -> Kernel:
     """Makes the launch that stores a state where every segment begins (of a reverse state: where it ends)."""
     x, tile = (s.dims[0], s.dims[1]) if len(s.dims) == 2 else ("", (*s.dims, "")[0])
+    if s.solves:  # the border's own sweep solves: what is solved stands on the dim that is tiled
+        tile = s.solves[0].leaf.dims[0]
+        x = next(d for d in s.dims if d != tile)
     source = f"dfinal_{s.name[1:]}" if s.reverse else f"initial_{s.name}"
-    hold = Hold(carry_of(s, x), source, f"border_{s.name}")
+    solving = {u.leaf: lower_solve(u.leaf, s, carry_of(s, x)) for u in s.solves}
+    hold = Hold(carry_of(s, x).map(lambda e: E.substitute(e, solving)), source, f"border_{s.name}")
     return Kernel(f"cut_{s.name}".lower(), "sweep", (), f"{s.name} where segments meet", tile, s.reverse, (hold,))
 
 
@@ -295,6 +333,7 @@ class _Pass:
         self.home: dict[Expr, Key] = {}
         self.temps: dict[Expr, Expr] = {}
         self.marks: dict[str, Key] = {}  # states that reverse sweeps meet, each with the forward sweep that keeps it for them
+        self.solved = {u.leaf: s for s in states for u in s.solves}
         self.head = head
 
     def settle(self, targets: list[tuple[Buffer, Expr]]) -> None:
@@ -302,8 +341,9 @@ class _Pass:
         self.place([e for _, e in targets])
         for buffer, e in targets:
             keys = self.keys(e)
-            if len(keys) == 1 and buffer.token and self.clean(e, (key := keys.pop())):
-                self.sweeps[key].append(Store(buffer, e))
+            last = self.last(e, keys) if buffer.token else None
+            if last is not None:
+                self.sweeps[last[0]].append(Store(buffer, last[1]))
             else:
                 # what a decay's gradient is made of cancels: it crosses memory in float32
                 dtype = "float32" if E.reads(e, "suffix") else ""
@@ -311,9 +351,28 @@ class _Pass:
         for key, stores in list(self.sweeps.items()):
             self.sweeps[key] = [replace(s, value=self.fill(s.value, key)) for s in stores]
 
+    def last(self, e: Expr, keys: set[Key]) -> tuple[Key, Expr] | None:
+        """Returns the sweep that can store ``e`` whole, and ``e`` over what earlier sweeps of the same tiles store; None where none can."""
+        if len({tile for _, tile in keys}) != 1:
+            return None
+        key = max(keys)  # a reverse sweep comes after those in order
+        if len(keys) > 1:
+            parts = [t for t in addends(e) if self.keys(t) and key not in self.keys(t)]
+            rest = [t for t in addends(e) if t not in parts]
+            earlier = E.add(*parts)
+            if not parts or len(self.keys(earlier)) > 1 or not self.clean(earlier, next(iter(self.keys(earlier)))):
+                return None
+            if any(self.keys(t) - {key} for t in rest) or not all(self.clean(t, key) for t in rest):
+                return None
+            return key, E.add(*rest, self.store(earlier, next(iter(self.keys(earlier))), "float32" if E.reads(e, "suffix") else ""))
+        return (key, e) if self.clean(e, key) else None
+
     def place(self, roots: list[Expr]) -> None:
         """Chooses the sweep of every readout and suffix."""
-        cores = [n for n in walk(*roots, *_operands(self.states.values(), [])) if n.op in CORE]
+        operands = [x for s in self.states.values() for x in (*s.operands, *(r for u in s.solves for r in u.reads))]
+        cores = [n for n in walk(*roots, *operands) if n.op in CORE]
+        for leaf, s in self.solved.items():
+            self.home[leaf] = (s.reverse, leaf.dims[0])
         loose = []
         for n in cores:
             if n.op == "readout":
@@ -451,38 +510,60 @@ class _Pass:
             def lower(e: Expr, inner: dict[tuple[str, str], Carry] = inner) -> Expr:
                 return self.lower(e, inner)
 
-            carry = carry_of(_map_state(state, lower), x)
+            carry = carry_of(state.map(lower), x)
             total = _total(state).name
             holds = (Hold(carry, "", total), *(Hold(c, f"total_{c.state}", "") for c in inner.values()))
             out.append(Kernel(f"{self.name}_{total}".lower(), "sweep", (), f"the sum of {state.name} over all tokens", tile, False, holds))
         return out
 
-    def lower(self, e: Expr, carries: dict[tuple[str, str], Carry]) -> Expr:
-        """Lowers every readout in ``e`` over the given carries."""
+    def lower(self, e: Expr, carries: dict[tuple[str, str], Carry], solving: bool = False) -> Expr:
+        """Lowers every readout in ``e`` over the given carries, and, where the sweep is ``solving``, what it solves."""
 
         def rule(n: Expr) -> Expr | None:
+            if solving and n in self.solved:
+                state = self.solved[n]
+                over = next(d for d in state.dims if d not in n.dims)
+                if (state.name, over) in carries:
+                    return self.lower(lower_solve(n, state, carries[state.name, over]), carries)
             if n.op != "readout":
                 return None
-            vector = self.lower(n.args[0], carries)
-            return lower_readout(E.rebuild(n, (vector,)), self.states[n.name], carries[n.name, n.attr("dim")])
+            vector = self.lower(n.args[0], carries, solving)
+            lowered = lower_readout(E.rebuild(n, (vector,)), self.states[n.name], carries[n.name, n.attr("dim")])
+            return self.lower(lowered, carries, solving) if solving else lowered
 
         return E.rewrite(e, rule)
 
     def kernels(self, ends: dict[str, tuple[str, str]], given: tuple[State, ...], sunk: set[str]) -> tuple[Kernel, ...]:
         """Makes the launches: sums over all tokens, sweeps in order of need, then the finish; ``ends`` are the buffers of carries.
 
-        A state's end is stored by the first sweep that carries it; ``sunk`` are those that have been.
+        A state's end is stored by the first sweep that carries it; ``sunk`` are those that have been. A sweep that solves what it also
+        needs of the token after, or by way of another sweep, is split: it solves first.
         """
-        out = self.sums(given)
-        for key in sorted({**self.sweeps, **{k: [] for k in self.marks.values()}}, key=lambda k: k[0]):
+        sums = self.sums(given)
+        matrices = {d for s in self.states.values() if len(s.dims) == 2 for d in s.dims}
+        vectors = {s.dims[0] for s in self.states.values() if len(s.dims) == 1} - matrices
+        finish = _tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles", vectors)
+        sweeps = self.scans(ends, frozenset(), set(sunk))
+        circular = frozenset(k.tile_key for k in in_circles(sweeps))
+        return (*sums, *beside(in_order(self.scans(ends, circular, sunk)), self.name), *finish)
+
+    def scans(self, ends: dict[str, tuple[str, str]], split: frozenset[Key], sunk: set[str]) -> tuple[Kernel, ...]:
+        """Makes the sweeps; those of ``split`` solve in a launch of their own."""
+        out: list[Kernel] = []
+        keys = sorted({**self.sweeps, **{k: [] for k in self.marks.values()}}, key=lambda k: k[0])
+        for key, part in ((k, p) for k in keys for p in (("solve", "rest") if k in split else ("whole",))):
+            solving = part != "rest"
             stores = self.sweeps.get(key, [])
+            if part != "whole":
+                stores = [s for s in stores if (s.value in self.solved) == solving]
             reverse, tile = key
+            reads = {r for leaf, s in self.solved.items() if self.home[leaf] == key for u in s.solves for r in u.reads}
             carries: dict[tuple[str, str], Carry] = {}
-            for n in dict.fromkeys(n for n, k in self.home.items() if k == key and n.op == "readout"):
+            for n in dict.fromkeys(n for n, k in self.home.items() if k == key and n.op == "readout" and (part != "solve" or n in reads)):
                 state = self.states[n.name]
                 updated = n.attr("at") != "all"
                 carries[n.name, n.attr("dim")] = carry_of(state, n.attr("dim"), updated)
-            marked = [name for name, k in self.marks.items() if k == key]
+            marked = [name for name, k in self.marks.items() if k == key and part != "solve"]
             for name in marked:  # a suffix sum meets the carry though nothing reads it
                 if all(name != carried for carried, _ in carries):
                     x = next((d for d in self.states[name].dims if d != tile), "")
@@ -490,15 +571,15 @@ class _Pass:
             if not carries:
                 continue
 
-            def lower(e: Expr, carries: dict[tuple[str, str], Carry] = carries) -> Expr:
-                return self.lower(e, carries)
+            def lower(e: Expr, carries: dict[tuple[str, str], Carry] = carries, solving: bool = solving) -> Expr:
+                return self.lower(e, carries, solving)
 
             holds = []
             for c in carries.values():
                 source, sink = ends[c.state] if c.updated else (f"total_{c.state}", "")
-                holds.append(Hold(c, source, "" if c.state in sunk else sink, f"mark_{c.state}" if c.state in marked else ""))
+                holds.append(Hold(c.map(lower), source, "" if c.state in sunk else sink, f"mark_{c.state}" if c.state in marked else ""))
                 sunk.add(c.state)
-            way = "rev" if reverse else "fwd"
+            way = ("rev" if reverse else "fwd") + ("_solve" if part == "solve" else "")
             out.append(
                 Kernel(
                     f"{self.name}_{way}_{tile or 'all'}".lower(),
@@ -511,39 +592,16 @@ class _Pass:
                     tuple(holds),
                 )
             )
-        out = beside(out, self.name)
-        vectors = {s.dims[0] for s in self.states.values() if len(s.dims) == 1} - {
-            d for s in self.states.values() if len(s.dims) == 2 for d in s.dims
-        }
-        return (*out, *_tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles", vectors))
+        return tuple(out)
 
 
-def beside(kernels: list[Kernel], stem: str) -> list[Kernel]:
-    """Makes sweeps of one direction that run from chunk to chunk roles of one launch: what they load then crosses memory once."""
+
+def beside(kernels: Sequence[Kernel], stem: str) -> list[Kernel]:
+    """Makes sweeps of one direction that run from chunk to chunk roles of one launch: what they load then crosses memory once.
+
+    Those that load what another one stores stay launches of their own.
+    """
     running = [k for k in kernels if k.stores and any(h.carry.updated for h in k.holds)]
-    ways = {k.reverse: [x for x in running if x.reverse == k.reverse] for k in running}
+    ways = {way: apart(k for k in running if k.reverse == way) for way in (False, True)}
     launches = {k: f"{stem}_{'rev' if way else 'fwd'}" for way, ks in ways.items() if len(ks) > 1 for k in ks}
     return [replace(k, launch=launches.get(k, "")) for k in kernels]
-
-
-def merge(e: Expr) -> Expr:
-    """Adds pair weights that meet the same pairs and vector before they meet it: one matmul where there were two."""
-
-    def rule(n: Expr) -> Expr | None:
-        if n.op not in ("add", "sub"):
-            return None
-        groups: dict[object, list[Expr]] = {}
-        for t in addends(n):
-            groups.setdefault((t.args[1:], t.attrs) if t.op == "mix" else t, []).append(t)
-        if not any(len(g) > 1 for g in groups.values()):
-            return None
-        out = []
-        for g in groups.values():
-            if len(g) > 1 and g[0].op == "mix":
-                weights = E.add(*(t.args[0] for t in g))
-                out.append(Expr("mix", (weights, *g[0].args[1:]), dims=g[0].dims, token=True, attrs=g[0].attrs))
-            else:
-                out.extend(g)
-        return E.add(*out)
-
-    return E.rewrite(e, rule)

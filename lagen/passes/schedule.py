@@ -34,7 +34,9 @@ def widest_tile(k: Kernel) -> int:
     values = len({n for n in walk(*k.values) if n.dims and n.token})
     if k.kind == "sweep" and not matrices and values > _VALUES:  # vector states alone: all that a token computes is alive at once
         return 32 if values <= 2 * _VALUES else 16
-    return 64 if matrices <= 1 and len(operands) <= _OPERANDS else 32
+    pairs = sum(n.op == "mix" and bool(n.dims) for n in set(walk(*k.values)))
+    tables = pairs if any(n.op == "gram" for n in walk(*k.values)) else 0  # pair scores computed here stay in registers, C x C each
+    return 64 if matrices <= 1 and len(operands) <= _OPERANDS and tables <= 1 else 32
 
 
 def tiles(target: str, chunk: int, itemsize: int) -> tuple[int, int, int, int]:

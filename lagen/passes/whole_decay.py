@@ -6,8 +6,10 @@ every tile would repeat them, and they would spill. So a launch of their own, pa
 
 from __future__ import annotations
 
-from lagen.ir.chunk import TILE_OPS
-from lagen.ir.expr import LEAVES, Expr, substitute, walk
+from collections.abc import Sequence
+
+from lagen.ir.chunk import SQUARES, TILE_OPS
+from lagen.ir.expr import LEAVES, ONE, Expr, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
 
@@ -19,8 +21,8 @@ def _gate(n: Expr) -> Expr | None:
     """
     if n.op == "gram" and len(n.args) == 3:
         return n.args[2]
-    if n.op == "mix" and len(n.args) == 4:
-        return n.args[3]
+    if n.op == "mix" and len(n.args) == 4:  # what is solved inside a sweep hangs on what the sweep carries
+        return None if any(x.op == "carry" for x in walk(n)) else n.args[3]
     if n.op == "whole" and n.dims:
         return n.args[0]
     if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in (*LEAVES, "lead", *FUNCTIONS):
@@ -31,9 +33,25 @@ def _gate(n: Expr) -> Expr | None:
 _STEMS = {"gram": "scores", "mix": "pairs", "whole": "decay"}
 
 
-def take_out(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> tuple[Kernel, ...]:
-    """Makes a launch for each vector decay that acts between pairs: what it makes of a chunk is computed once, not in every tile."""
-    between = dict.fromkeys(_gate(n) for k in sweeps for n in walk(*k.values) if n.op in ("gram", "mix"))
+def take_inverses(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> list[Store]:
+    """Stores the inverses by which sweeps solve: each is computed once a chunk, not in every tile."""
+    weights = (n.args[0] for k in sweeps for n in walk(*k.values) if n.op == "mix" and n.args[1] == ONE)
+    found = dict.fromkeys(w for w in weights if w.op in SQUARES)
+    names = [f"inverse{i or ''}" for i in range(99) if f"inverse{i or ''}" not in taken]
+    taken |= {*names[: len(found)]}
+    return [Store(Buffer(name, head, n.dims, True, "input"), n) for name, n in zip(names, found, strict=False)]
+
+
+def take_out(
+    pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str], solved: frozenset[Expr], inverses: Sequence[Store] = ()
+) -> tuple[Kernel, ...]:
+    """Makes a launch for each vector decay that acts between pairs: what it makes of a chunk is computed once, not in every tile.
+
+    What loads ``solved`` values of a sweep has launches of its own. ``inverses`` are stored along with the pair scores that they are made
+    of, or by a launch of their own.
+    """
+    gated = [n for s in inverses for n in walk(s.value) if n.op == "gram" and _gate(n) is not None]
+    between = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
     stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
     for n in dict.fromkeys(n for k in sweeps for n in walk(*k.values)):
         gate = _gate(n)
@@ -44,10 +62,15 @@ def take_out(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str])
         taken.add(name)
         dtype, per = ("float32", "chunk") if n.op == "whole" else ("input", "")
         stores[gate].append(Store(Buffer(name, head, n.dims, True, dtype, "", per), n))
+    for g in stores:
+        stores[g] += [s for s in inverses if any(_gate(n) == g for n in walk(s.value) if n.op == "gram")]
+    alone = tuple(s for s in inverses if not any(s in found for found in stores.values()))
     # under several decays pair sums take pair scores that another decay's launch stores: all scores come first
-    rounds = [list(stores.items())]
-    if len(stores) > 1:
-        rounds = [[(g, [s for s in found if (s.value.op == "mix") == late]) for g, found in stores.items()] for late in (False, True)]
+    def later(s: Store) -> tuple[bool, bool]:
+        return not solved.isdisjoint(walk(s.value)), len(stores) > 1 and s.value.op == "mix"
+
+    kinds = sorted({later(s) for found in stores.values() for s in found})
+    rounds = [[(g, [s for s in found if later(s) == kind]) for g, found in stores.items()] for kind in kinds]
     out: list[Kernel] = []
     for g, found in (x for r in rounds for x in r):
         for group in _launches(found):
@@ -58,14 +81,17 @@ def take_out(pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str])
                     stem + (str(count) if count else ""), "chunks", group, f"what the decay on {g.dims[0]} makes of each chunk", g.dims[0]
                 )
             )
+    if alone:
+        out.insert(0, Kernel(f"{pass_}_inverse".lower(), "chunks", alone, "what every chunk is solved with"))
     return tuple(out)
 
 
 def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
     """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
-    groups: list[list[Store]] = [[s for s in stores if s.value.op == "gram"]]
+    scores = ("gram", *SQUARES)
+    groups: list[list[Store]] = [[s for s in stores if s.value.op in scores]]
     for s in stores:
-        if s.value.op == "gram":
+        if s.value.op in scores:
             continue
         grown = [*groups[-1], s]
         pairs = sum(x.value.op == "mix" for x in grown)
