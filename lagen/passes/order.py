@@ -1,8 +1,9 @@
-"""Orders the launches of a pass by what they load of each other."""
+"""Orders the launches of a pass by what they load of each other, and puts sweeps side by side that need nothing of each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import networkx as nx
 
@@ -41,3 +42,14 @@ def apart(kernels: Iterable[Kernel]) -> list[Kernel]:
     found = tuple(kernels)
     graph = _needs(found)
     return [k for i, k in enumerate(found) if not nx.ancestors(graph, i) and not nx.descendants(graph, i)]
+
+
+def beside(kernels: Sequence[Kernel], stem: str) -> list[Kernel]:
+    """Makes sweeps of one direction that run from chunk to chunk roles of one launch: what they load then crosses memory once.
+
+    Those that load what another one stores stay launches of their own.
+    """
+    running = [k for k in kernels if k.stores and any(h.carry.updated for h in k.holds)]
+    ways = {way: apart(k for k in running if k.reverse == way) for way in (False, True)}
+    launches = {k: f"{stem}_{'rev' if way else 'fwd'}" for way, ks in ways.items() if len(ks) > 1 for k in ks}
+    return [replace(k, launch=launches.get(k, "")) for k in kernels]

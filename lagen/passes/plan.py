@@ -11,7 +11,7 @@ Rules, none of them about a variant:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
@@ -23,7 +23,7 @@ from lagen.passes.chunk import carry_of, lower_readout, lower_solve, merge
 from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
-from lagen.passes.order import apart, in_circles, in_order
+from lagen.passes.order import beside, in_circles, in_order
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.simplify import factor, simplify
 from lagen.passes.spans import split_spans
@@ -593,15 +593,3 @@ class _Pass:
                 )
             )
         return tuple(out)
-
-
-
-def beside(kernels: Sequence[Kernel], stem: str) -> list[Kernel]:
-    """Makes sweeps of one direction that run from chunk to chunk roles of one launch: what they load then crosses memory once.
-
-    Those that load what another one stores stay launches of their own.
-    """
-    running = [k for k in kernels if k.stores and any(h.carry.updated for h in k.holds)]
-    ways = {way: apart(k for k in running if k.reverse == way) for way in (False, True)}
-    launches = {k: f"{stem}_{'rev' if way else 'fwd'}" for way, ks in ways.items() if len(ks) > 1 for k in ks}
-    return [replace(k, launch=launches.get(k, "")) for k in kernels]
