@@ -18,10 +18,11 @@ from lagen.ir.expr import Expr
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.digest import digest
+from lagen.passes.refusal import Refused
 from lagen.spec import read
 from lagen.verify.oracle import oracle
 
-SIZES = {"B": 1, "T": 5, "H": 2, "HV": 4, "K": 4, "V": 3, "M": 5}
+SIZES = {"B": 1, "T": 5, "H": 2, "HV": 4, "K": 4, "V": 3, "M": 5, "D": 3, "E": 4, "N": 2}
 VARIANTS = [read(p) for p in specs()]
 
 
@@ -107,7 +108,11 @@ def respelled_at_random(variant: Variant, rng: Random) -> Variant:
 @given(seed=st.integers(0, 10_000))
 def test_spellings_at_random(variant: Variant, seed: int) -> None:
     other = respelled_at_random(variant, Random(seed))
-    recurrence = canonicalise(other)
+    try:
+        recurrence = canonicalise(other)
+    except Refused as refused:  # what is assumed of a decay's own spelling says nothing of another one
+        assert (variant.name, refused.code) == ("longhorn", "decay-grows")
+        return
     assert digest(recurrence) == digest(canonicalise(variant)), "\n".join(str(x.expr) for x in (*other.states, *other.outputs))
     inputs, params = random_tensors(variant, seed, SIZES)
     wanted, got = oracle(variant, inputs, params), oracle(respelled(other, recurrence), inputs, params)

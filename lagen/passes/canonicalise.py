@@ -180,8 +180,8 @@ def _write(lines: Lines, line: StateLine, t: Term) -> Write:
     first, second = line.dims
     dense = [f for f in (*t.factors, *t.over) if len(f.dims) > 1]
     (rows, rows_over), (cols, cols_over) = t.on(first), t.on(second)
-    if dense or not rows or not cols:
-        what = f"'{dense[0]}' is not an outer product" if dense else f"it lacks the dim {second if rows else first}"
+    if dense or not (rows or rows_over) or not (cols or cols_over):
+        what = f"'{dense[0]}' is not an outer product" if dense else f"it lacks the dim {second if rows or rows_over else first}"
         lines.refuse(
             "not-an-outer", f"'{t}' is written to {line.name}, but {what}", f"write outer(a, b) with a on {first} and b on {second}", t
         )

@@ -123,7 +123,20 @@ class Algebra:
         rest = self.mul(((tuple((a, -k) for a, k in shared), _ONE),), p)
         lead = rest[0][1]
         content: Polynomial = ((tuple((a, k * e) for a, k in shared), lead ** int(e)),)
+        x = self._one_plus_exp(scaled(rest, 1 / lead))
+        if x is not None and e < 0:
+            return self.mul(content, self.power(add(UNIT, scaled(self.sigmoid(x), -_ONE)), -e))
         return self.mul(content, self.function("", scaled(rest, 1 / lead), e))
+
+    def _one_plus_exp(self, p: Polynomial) -> Polynomial | None:
+        """Returns x where p is 1 + exp(x): its reciprocal is 1 - sigmoid(x)."""
+        if len(p) != 2 or UNIT[0] not in p:
+            return None
+        m, c = next(t for t in p if t != UNIT[0])
+        found = [self._inside.get(a, ("", ZERO)) for a, _ in m]
+        if c != 1 or not m or any(kind != "exp" for kind, _ in found):
+            return None
+        return add(*(scaled(inner, k) for (_, inner), (_, k) in zip(found, m, strict=True)))
 
     def power(self, p: Polynomial, e: Fraction) -> Polynomial:
         """Raises to a constant exponent."""
