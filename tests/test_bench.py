@@ -57,8 +57,8 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_library_is_timed_where_it_is_installed_and_agrees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "planted").mkdir()
-    (tmp_path / "planted" / "__init__.py").write_text(
+    (tmp_path / "planted_peer").mkdir()
+    (tmp_path / "planted_peer" / "__init__.py").write_text(
         "def right(q, k, v, g):\n    from lagen.spec.read import read\n    from lagen import data\n"
         "    from lagen.verify.oracle import oracle\n"
         "    return oracle(read(data.spec('simple_gla')), (q, k, v, g), ())[0][0].float(), None\n"
@@ -67,14 +67,14 @@ def test_a_library_is_timed_where_it_is_installed_and_agrees(monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     told = []
     for function in ("right", "wrong", "none"):
-        peer = Peer("planted", "simple_gla", "planted", function, lambda f, x: f(x["q"], x["k"], x["v"], x["g"])[0], multiple=32)
+        peer = Peer("planted_peer", "simple_gla", "planted_peer", function, lambda f, x: f(x["q"], x["k"], x["v"], x["g"])[0], multiple=32)
         monkeypatch.setattr(lagen.bench_peers, "PEERS", (peer,))
-        monkeypatch.setattr(lagen.bench, "LIBRARIES", ("planted",))
-        report = bench(lagen.load(VARIANT, printed=("cpp",)), VARIANT, (31, 32), ("planted",), heads=1, size=8, repeats=1)
-        told.append((sorted({t.tokens for t in report.timings if t.who == "planted"}), report.left_out))
+        monkeypatch.setattr(lagen.bench, "LIBRARIES", ("planted_peer",))
+        report = bench(lagen.load(VARIANT, printed=("cpp",)), VARIANT, (31, 32), ("planted_peer",), heads=1, size=8, repeats=1)
+        told.append((sorted({t.tokens for t in report.timings if t.who == "planted_peer"}), report.left_out))
     assert told[0] == ([32], ())
     assert told[1][0] == [] and "do not agree" in told[1][1][0]
-    assert told[2] == ([], ("planted: has no none in planted",))
+    assert told[2] == ([], ("planted_peer: has no none in planted_peer",))
 
 
 def test_a_library_that_is_not_installed_is_a_reason() -> None:
