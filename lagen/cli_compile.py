@@ -34,11 +34,17 @@ def compile_all(
     tuned = None
     if chunk is not None:
         variants, tuned = [replace(v, chunk_default=chunk, chunk_sizes=(chunk,)) for v in variants], ()
-    found = [g for t in targets for v in variants for g in gather(v, shape, t, states, tuned)]
+    found: list[Gathered] = []
+    refused: dict[str, str] = {}
+    for v in variants:
+        try:
+            found += [g for t in targets for g in gather(v, shape, t, states, tuned)]
+        except ValueError as error:  # sizes that the operator itself refuses
+            refused[v.name] = str(error)
     reports = _compile(found, timeout, workers, fill)
     least = {v.name: minimum(v, shape) for v in variants}
     rows = [_row(g, r, shape) for g, r in zip(found, reports, strict=True)]
-    bare = sorted({v.name for v in variants} - {g.variant for g in found})
+    bare = sorted({v.name for v in variants} - {g.variant for g in found} - set(refused))
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -47,10 +53,12 @@ def compile_all(
 
     for name in bare:
         echo(f"{name} has no Triton form at these sizes; it runs on torch", err=True)
+    for name, reason in refused.items():
+        echo(f"{name}: {reason}", err=True)
     for row in rows:
         if row["failure"]:
             echo(f"{row['variant']} {row['pass']} {row['kernel']} for {row['target']}: {row['failure']}", err=True)
-    return not bare and all(row["fits"] for row in rows)
+    return not bare and not refused and all(row["fits"] for row in rows)
 
 
 def minimum(variant: Variant, shape: Shape) -> dict[str, int]:

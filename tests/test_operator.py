@@ -350,3 +350,20 @@ def test_compile_and_autograd_take_a_backend_that_keeps_tensors() -> None:
     wanted = torch.autograd.grad(gla(q, k, v, g, backend="torch").sum(), (q, k, v, g))
     for got, want in zip(torch.autograd.grad(compiled(q, k, v, g).sum(), (q, k, v, g)), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_dim_too_long_to_be_held_whole_is_refused_not_cut() -> None:
+    op = lagen.load("simple_gla")
+
+    def call(k: int, v: int, backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        leaves = [x.requires_grad_() for x in (*torch.randn(2, 1, 19, 1, k), torch.randn(1, 19, 1, v), -torch.rand(1, 19, 1))]
+        o = op(*leaves, backend=backend)
+        return [o, *torch.autograd.grad(o.square().sum(), leaves)]
+
+    for got, expected in zip(call(256, 20, "triton"), call(256, 20, "torch"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6 * float(expected.detach().abs().max()))
+    with pytest.raises(ValueError, match='K = 257: these kernels hold K whole, up to 256; .*backend="torch"'):
+        call(257, 20, "triton")
+    with pytest.raises(ValueError, match="V = 300: these kernels hold V whole"):
+        call(16, 300, "triton")

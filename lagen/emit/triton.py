@@ -229,7 +229,9 @@ class _Module:
         """Prints the configuration of a pass: one chunk, one tile per dim on the grid (tiles share sums), blocks of whole dims."""
         size = f"{self.r.inputs[0].name}.element_size()"
         cap = widest(kernels)
-        lines = []
+        held = dict.fromkeys(d for k in kernels if k.kind != "tokens" for d in self.kernel_dims(k) if d != k.tile)
+        fits = [f"_fits({', '.join(f'{d}={d}' for d in held)})"] if held else []
+        lines: list[str] = []
         for k in kernels:
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
@@ -239,9 +241,9 @@ class _Module:
                 called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
         if not lines:
-            return [f"BT = {self.r.chunk_default}"]
+            return [*fits, f"BT = {self.r.chunk_default}"]
         dims = "".join(f'("{d}", {d}), ' for d in self.dims if d not in dict(self.r.sizes)).rstrip()
-        return [f'tuned, chunk = _tuned("{pass_}", dtype, ({dims}), {"1" if pass_ == "step" else "T"}, B * HV)', *lines]
+        return [*fits, f'tuned, chunk = _tuned("{pass_}", dtype, ({dims}), {"1" if pass_ == "step" else "T"}, B * HV)', *lines]
 
     def kernel_dims(self, k: Kernel) -> tuple[str, ...]:
         """Lists a kernel's dims."""
