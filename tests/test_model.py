@@ -60,6 +60,39 @@ def test_work_is_counted_in_loops_whose_trips_are_formulas() -> None:
     assert evaluate(["div", ["add", "T", 63], 64], {"T": 65}) == 2
 
 
+ROLES = """
+  tt.func public @k(%q: !tt.ptr<f32>, %k: !tt.ptr<f32>, %NY: i32, %T: i32) {
+    %c1 = arith.constant 1 : i32
+    %c0 = arith.constant 0 : i32
+    %c3 = arith.constant 3 : i32
+    %pid = tt.get_program_id x : i32
+    %role = arith.remsi %pid, %c3 : i32
+    %first = arith.cmpi slt, %role, %NY : i32
+    scf.if %first {
+      scf.for %i = %c0 to %T step %c1  : i32 {
+        %a = tt.load %q : !tt.ptr<f32>
+      }
+    } else {
+      %b = tt.load %k : !tt.ptr<f32>
+      %far = arith.cmpi sgt, %pid, %T : i32
+      scf.if %far {
+        tt.store %k, %b : !tt.ptr<f32>
+      }
+    }
+    tt.return
+  }
+"""
+
+
+def test_programs_of_different_roles_are_counted_role_by_role() -> None:
+    nest = count(ROLES).to_json()
+    done = work(nest, {"NY": 2, "T": 6}, 9)  # two programs in three are of the first role
+    assert done.loads == {"q": pytest.approx(4 * 6 * 2 / 3), "k": pytest.approx(4 / 3)} and done.chain == 6
+    assert done.stores == {"k": pytest.approx(4 / 9)}  # the last alone is far
+    many = work(nest, {"NY": 2, "T": 6}, 30_000)
+    assert many.loads["q"] == pytest.approx(16, rel=0.02) and many.stores["k"] == pytest.approx(4 / 3, rel=0.02)
+
+
 def test_occupancy_and_bounds_follow_the_device() -> None:
     target = find("cuda:90")
     launch = describe("m", "k", {}, {}, 4, 2, target)

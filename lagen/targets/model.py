@@ -16,7 +16,7 @@ from lagen.targets.launch import Launch
 from lagen.targets.target import Target
 from lagen.targets.work import Work, work
 
-VERSION = "model 1"
+VERSION = "model 2"
 
 REACHED = {"memory": 0.85, "L2": 0.7, "tensor": 0.7, "arithmetic": 0.6}
 """The share of a peak that a good kernel reaches; taken beforehand, not fitted."""
@@ -63,7 +63,7 @@ def occupancy(report: Report, warps: int, target: Target) -> int:
 
 def model(launch: Launch, report: Report, target: Target) -> Modelled:
     """Models the time of one launch."""
-    done = work(report.nest, dict(launch.values) | {k: int(v) for k, v in launch.constants if isinstance(v, int)})
+    done = work(report.nest, dict(launch.values) | {k: int(v) for k, v in launch.constants if isinstance(v, int)}, launch.programs)
     programs = launch.programs
     sizes = dict(launch.sizes)
 

@@ -1,8 +1,9 @@
 """Work: what one program of a kernel does, counted from Triton's own intermediate code (TTIR) before any device is chosen.
 
 What it is: bytes loaded and stored by argument, multiply-adds by kind, and element operations, in a nest of loops whose trip counts are
-formulas of the launch's scalars. What it is not: it does not know kinds of kernels or variants; whatever compiles can be counted. Both
-branches of a condition are counted, and a loop whose bounds depend on data is taken once.
+formulas of the launch's scalars and of the program's number, and so are the conditions of its branches: a kernel whose programs have
+different roles is counted role by role. What it is not: it does not know kinds of kernels or variants; whatever compiles can be counted.
+Both branches of a condition that depends on data are counted, and a loop whose bounds do is taken once.
 
 Who makes it: targets/worker, when a kernel is compiled. Who reads it: targets/model, which gives the scalars their values.
 """
@@ -10,14 +11,23 @@ Who makes it: targets/worker, when a kernel is compiled. Who reads it: targets/m
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 Formula = int | str | list[Any] | None
-"""A whole number, the name of a scalar argument, [op, formula, formula], or None where it depends on data."""
+"""A whole number, the name of a scalar argument or PROGRAM, [op, formula, formula], or None where it depends on data."""
+
+PROGRAM = "%pid"
+"""In a formula: the number of the program in its launch."""
+
+SAMPLE = 512
+"""Programs of a launch that are evaluated, where there are more."""
+
+_COMPARED = {"slt": "lt", "ult": "lt", "sle": "le", "ule": "le", "sgt": "gt", "ugt": "gt", "sge": "ge", "uge": "ge", "eq": "eq", "ne": "ne"}
 
 _SCALARS = {
     "arith.addi": "add",
@@ -31,6 +41,19 @@ _SCALARS = {
     "arith.minui": "min",
     "arith.maxsi": "max",
     "arith.maxui": "max",
+}
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "min": min,
+    "max": max,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "eq": operator.eq,
+    "ne": operator.ne,
 }
 _COPIES = ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast")
 _POINTERS = ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast", "tt.reshape", "tt.trans", "ttg.convert_layout")
@@ -55,9 +78,10 @@ _BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "i1": 8, "i8": 8, "i16": 1
 
 @dataclass
 class Nest:
-    """A loop, or the whole program. ``trips`` says how often it runs for one run of what is around it; amounts are of one trip."""
+    """A loop, a branch, or the whole program. ``trips`` says how often it runs for one run of what is around it; amounts are of one trip."""
 
     trips: Formula = 1
+    loop: bool = False
     loads: Counter[str] = field(default_factory=Counter)  # bytes, by argument
     stores: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)  # of tt.dot, by kind: half, tf32, float
@@ -76,7 +100,10 @@ class Nest:
 
 @dataclass(frozen=True)
 class Work:
-    """What one program does, over all its loops. ``chain`` counts loop trips one after the other, ``links`` dots and reductions in them."""
+    """What a program of a launch does on the average, over all its loops.
+
+    Of the program with most of them, ``chain`` counts loop trips one after the other and ``dots`` the matrix products in them.
+    """
 
     loads: Mapping[str, float]
     stores: Mapping[str, float]
@@ -93,6 +120,7 @@ def count(ttir: str) -> Nest:
     top = Nest()
     stack = [top]
     closers: list[bool] = []  # for every open brace: whether it closes a nest
+    conditions: list[Formula] = []  # of branches; the last is that of the next else
     known: dict[str, Formula] = {}
     bases: dict[str, str] = {}
     for raw in ttir.splitlines():
@@ -110,6 +138,17 @@ def count(ttir: str) -> Nest:
             stack.append(nest)
             closers.append(True)
             continue
+        if found and found[2] == "scf.if":
+            met = known.get(_NAME.findall(found[3])[0])
+            conditions.append(met)
+            _open(stack, closers, met)
+            continue
+        if line.startswith("} else {") and closers and closers[-1]:
+            stack.pop()
+            closers.pop()
+            met = conditions[-1]
+            _open(stack, closers, None if met is None else ["sub", 1, met])
+            continue
         if found and not line.startswith("tt.func"):
             _statement(stack[-1], found[1] or "", found[2], found[3], known, bases)
         opened, closed = line.count("{") - _inline(line), line.count("}") - _inline(line)
@@ -118,6 +157,13 @@ def count(ttir: str) -> Nest:
                 stack.pop()
         closers += [False] * max(0, opened)
     return top
+
+
+def _open(stack: list[Nest], closers: list[bool], trips: Formula) -> None:
+    """Goes into a branch."""
+    stack[-1].inner.append(Nest(trips))
+    stack.append(stack[-1].inner[-1])
+    closers.append(True)
 
 
 def _inline(line: str) -> int:
@@ -134,8 +180,8 @@ def _loop(line: str, known: dict[str, Formula], bases: dict[str, str]) -> Nest:
         if outer in bases:
             bases[inner] = bases[outer]
     if first is None or last is None or by is None:
-        return Nest(trips=1)
-    return Nest(trips=["max", 0, ["div", ["add", ["sub", last, first], ["sub", by, 1]], by]])
+        return Nest(trips=1, loop=True)
+    return Nest(trips=["max", 0, ["div", ["add", ["sub", last, first], ["sub", by, 1]], by]], loop=True)
 
 
 def _statement(nest: Nest, result: str, op: str, rest: str, known: dict[str, Formula], bases: dict[str, str]) -> None:
@@ -148,7 +194,11 @@ def _statement(nest: Nest, result: str, op: str, rest: str, known: dict[str, For
         number = re.match(r"\s*(-?\d+) : i\d+", rest)
         known[result] = int(number[1]) if number else None
     elif op == "tt.get_program_id":
-        known[result] = 0
+        known[result] = PROGRAM if rest.split()[0] == "x" else 0
+    elif op == "arith.cmpi" and not tensors:
+        how = _COMPARED[rest.split()[0].rstrip(",")]
+        left, right = (known.get(n) for n in operands)
+        known[result] = None if left is None or right is None else [how, left, right]
     elif op in _SCALARS and not tensors and len(operands) == 2:
         left, right = (known.get(n) for n in operands)
         known[result] = None if left is None or right is None else [_SCALARS[op], left, right]
@@ -192,27 +242,51 @@ def evaluate(formula: Formula, values: Mapping[str, int]) -> int:
     op, left, right = formula[0], evaluate(formula[1], values), evaluate(formula[2], values)
     if op in ("div", "rem"):
         return (left // right if op == "div" else left % right) if right else 0
-    return {"add": left + right, "sub": left - right, "mul": left * right, "min": min(left, right), "max": max(left, right)}[op]
+    return int(_OPERATIONS[op](left, right))
 
 
-def work(nest: Mapping[str, Any], values: Mapping[str, int]) -> Work:
-    """Adds up a nest (as JSON) for the scalars of a launch."""
+def work(nest: Mapping[str, Any], values: Mapping[str, int], programs: int = 1) -> Work:
+    """Adds up a nest (as JSON) for the scalars of a launch of so many programs: all of them, or a sample spread over them."""
+    if not _mentions(nest, PROGRAM):
+        programs = 1
+    sample = range(programs) if programs <= SAMPLE else [int(i * 0.6180339887498949 % 1 * programs) for i in range(SAMPLE)]
+    done = [_one(nest, {**values, PROGRAM: i}) for i in sample]
+    longest = max(done, key=lambda w: (w.chain, w.dots))
+
+    def mean(group: str) -> dict[str, float]:
+        names = dict.fromkeys(name for w in done for name in getattr(w, group))
+        return {name: sum(getattr(w, group).get(name, 0.0) for w in done) / len(done) for name in names}
+
+    elements, special, reduced = (sum(getattr(w, name) for w in done) / len(done) for name in ("elements", "special", "reduced"))
+    return Work(mean("loads"), mean("stores"), mean("flops"), elements, special, reduced, longest.dots, longest.chain)
+
+
+def _mentions(value: Any, name: str) -> bool:
+    """Tells whether a name stands in plain data."""
+    if isinstance(value, Mapping):
+        return any(_mentions(v, name) for v in value.values())
+    return any(_mentions(v, name) for v in value) if isinstance(value, list) else bool(value == name)
+
+
+def _one(nest: Mapping[str, Any], values: Mapping[str, int]) -> Work:
+    """Adds up what one program does."""
     totals: dict[str, dict[str, float]] = {k: {} for k in ("loads", "stores", "flops")}
     plain: dict[str, float] = {}
 
-    def descend(n: Mapping[str, Any], times: float, depth: int) -> None:
-        trips = evaluate(n.get("trips", 1), values)
-        times *= trips
+    def descend(n: Mapping[str, Any], times: float) -> None:
+        times *= evaluate(n.get("trips", 1), values)
+        if not times:
+            return
         for group, total in totals.items():
             for name, amount in n.get(group, {}).items():
                 total[name] = total.get(name, 0.0) + times * amount
         for name in ("elements", "special", "reduced", "dots"):
             plain[name] = plain.get(name, 0.0) + times * n.get(name, 0)
-        if depth:
+        if n.get("loop"):
             plain["chain"] = plain.get("chain", 0.0) + times
         for inner in n.get("inner", ()):
-            descend(inner, times, depth + 1)
+            descend(inner, times)
 
-    descend(nest, 1.0, 0)
+    descend(nest, 1.0)
     elements, special, reduced, dots, chain = (plain.get(k, 0.0) for k in ("elements", "special", "reduced", "dots", "chain"))
     return Work(totals["loads"], totals["stores"], totals["flops"], elements, special, reduced, dots, chain)
