@@ -78,7 +78,7 @@ _BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "i1": 8, "i8": 8, "i16": 1
 
 @dataclass
 class Nest:
-    """A loop, a branch, or the whole program. ``trips`` says how often it runs for one run of what is around it; amounts are of one trip."""
+    """A loop, a branch, or the whole program. ``trips``: how often it runs for one run of what is around it; amounts are of one trip."""
 
     trips: Formula = 1
     loop: bool = False
