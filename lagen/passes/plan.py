@@ -11,7 +11,6 @@ Rules, none of them about a variant:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
@@ -20,9 +19,9 @@ from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, closings
 from lagen.passes.chunk import carry_of, lower_readout, lower_solve, merge
-from lagen.passes.cut import cut
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
+from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, map_recurrence, operands_of, token_kernels
 from lagen.passes.order import beside, in_circles, in_order
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.simplify import factor, simplify
@@ -30,8 +29,6 @@ from lagen.passes.spans import split_spans
 from lagen.passes.stages import Stage, stages, unswept
 from lagen.passes.whole_decay import load, others, stored, take_inverses, take_out
 
-ROWS = ("contract", "sum", "mean", "rowmax")
-SIZED = ("concat", "taylor2", "quad", "rename", "part", "untaylor2", "unquad", "outer")
 CORE = ("readout", "suffix")
 Key = tuple[bool, str]
 """A sweep: reversed or not, and the dim on the grid."""
@@ -45,36 +42,36 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     # each head sums its own share of a gradient over all tokens; what the sum gives is added up over the heads at the end
     adjoint = replace(adjoint, states=tuple(s if s.causal else replace(s, head=head) for s in adjoint.states))
     free = {s.name: s for s in recurrence.states + adjoint.states}
-    lowered = _map_recurrence(recurrence, lambda e: _totals(lower_rows(e), free))
-    back = _map_adjoint(simplify(adjoint), lambda e: _totals(lower_rows(e), free))
+    lowered = map_recurrence(recurrence, lambda e: _totals(lower_rows(e), free))
+    back = map_adjoint(simplify(adjoint), lambda e: _totals(lower_rows(e), free))
     taken = {t.name for t in recurrence.inputs + recurrence.params} | {n for n, _ in recurrence.outputs}
-    prepared = _prepared(_operands(lowered.states, [e for _, e in lowered.outputs]), recurrence.names, "x", taken)
+    prepared = choose_prepared(operands_of(lowered.states, [e for _, e in lowered.outputs]), recurrence.names, "x", taken)
     table = {n: b.leaf for n, b in prepared.items()}
-    core = _map_recurrence(lowered, lambda e: E.substitute(e, table))
-    back = _map_adjoint(back, lambda e: E.substitute(e, table))
+    core = map_recurrence(lowered, lambda e: E.substitute(e, table))
+    back = map_adjoint(back, lambda e: E.substitute(e, table))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     step, stepped = _step(core, outputs), core.states
-    roots = [*(e for _, e in core.outputs), *_operands(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
+    roots = [*(e for _, e in core.outputs), *operands_of(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
     peaks, maxima = peak_sweeps(core.states, roots, taken)
     maximum = {n: b.leaf for n, b in maxima.items()}
-    core = _map_recurrence(replace(core, states=tuple(s for s in core.states if not s.peak)), lambda e: E.substitute(e, maximum))
-    back = _map_adjoint(back, lambda e: E.substitute(e, maximum))
+    core = map_recurrence(replace(core, states=tuple(s for s in core.states if not s.peak)), lambda e: E.substitute(e, maximum))
+    back = map_adjoint(back, lambda e: E.substitute(e, maximum))
     # solved values cross memory: their own sweep computes them, all others load them
     solved = {u.leaf: Buffer(u.leaf.name, head, u.leaf.dims, True, "input") for s in core.states + back.states for u in s.solves}
     core = replace(core, states=tuple(_known(s, solved) for s in core.states))
-    back = replace(_map_adjoint(back, lambda e: E.substitute(e, _leaves(solved))), states=tuple(_known(s, solved) for s in back.states))
-    saved = _saved(core, back, head)
+    back = replace(map_adjoint(back, lambda e: E.substitute(e, _leaves(solved))), states=tuple(_known(s, solved) for s in back.states))
+    saved = choose_saved(core, back, head)
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
     loads = {n: b.leaf for n, b in saved.items()}
-    back = _map_adjoint(back, lambda e: factor(push_leads(E.substitute(e, loads), _loaded)))
-    numbers = _prepared(_operands(back.states, [e for _, e in back.gradients]), (), "w", taken, head)
-    back = _map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in numbers.items()}))
+    back = map_adjoint(back, lambda e: factor(push_leads(E.substitute(e, loads), _loaded)))
+    numbers = choose_prepared(operands_of(back.states, [e for _, e in back.gradients]), (), "w", taken, head)
+    back = map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in numbers.items()}))
     kept = {b.name: b for b in saved.values() if b.name not in outputs}
 
     prepare = tuple(
         k
         for h in dict.fromkeys(b.head for b in prepared.values())
-        for k in _tokens(
+        for k in token_kernels(
             f"prepare_{h}".lower().rstrip("_"),
             [Store(b, n) for n, b in prepared.items() if b.head == h],
             "row functions and size changes of the sweeps' operands",
@@ -99,7 +96,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     returned = [k for launched in behind for k in launched.kernels]
     # what the forward stores beyond its pair sums serves the backward too
     kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in returned)]
-    first = _tokens("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
+    first = token_kernels("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
     whole = len(ahead) == len(behind) == 1 and not peaks  # what crosses between stages is not there when scans are cut
     borders = tuple(load(load(_border(s), decayed), undone) for s in core.states + back.states) if whole else ()
     # nor is what a sweep solves
@@ -184,17 +181,6 @@ def _totals(e: Expr, states: dict[str, State]) -> Expr:
     return E.rewrite(e, rule)
 
 
-# ---- values as a whole ----------------------------------------------------------------------------------------------------------
-
-
-def _map_recurrence(r: Recurrence, f: Callable[[Expr], Expr]) -> Recurrence:
-    return replace(r, states=tuple(s.map(f) for s in r.states), outputs=tuple((n, f(e)) for n, e in r.outputs))
-
-
-def _map_adjoint(a: Adjoint, f: Callable[[Expr], Expr]) -> Adjoint:
-    return replace(a, states=tuple(s.map(f) for s in a.states), gradients=tuple((n, f(e)) for n, e in a.gradients))
-
-
 def _leaves(buffers: dict[Expr, Buffer]) -> dict[Expr, Expr]:
     return {e: b.leaf for e, b in buffers.items()}
 
@@ -203,98 +189,6 @@ def _known(s: State, solved: dict[Expr, Buffer]) -> State:
     """Gives a state the buffers of what is solved in place of the values."""
     made = s.map(lambda e: E.substitute(e, _leaves(solved)))
     return replace(made, solves=tuple(replace(u, leaf=solved[u.leaf].leaf) for u in made.solves))
-
-
-def _operands(states: Iterable[State], roots: Iterable[Expr]) -> list[Expr]:
-    """Lists what the sweeps take: decays, both sides of writes, vectors of readouts, what solved values start from.
-
-    The sweep that solves has every dim whole but the one that the solved values have: what sums over another one needs no kernel.
-    """
-    out: list[Expr] = []
-    for s in states:
-        here = {u.base for u in s.solves if not any(n.op in SIZED or (n.op in ROWS and n.attr("dim") in u.leaf.dims) for n in walk(u.base))}
-        out += [x for x in s.operands if x not in here]
-    return out + [n.args[0] for r in roots for n in E.reads(r, "readout")]
-
-
-def _bytes(n: Expr) -> float:
-    """Estimates the bytes of a value per token and head, at 128 numbers of two bytes a dim."""
-    return (4.0, 256.0, 65536.0)[len(n.dims)] if n.token else 1.0
-
-
-def _named(nodes: Iterable[Expr], names: tuple[tuple[str, Expr], ...], stem: str, taken: set[str]) -> dict[Expr, str]:
-    known = {e: n for n, e in names}
-    out: dict[Expr, str] = {}
-    for n in nodes:
-        name = known.get(n, "")
-        if not name or name in taken:
-            name = next(f"{stem}{i}" for i in range(len(taken) + 1) if f"{stem}{i}" not in taken)
-        taken.add(name)
-        out[n] = name
-    return out
-
-
-def _prepared(wanted: list[Expr], names: tuple[tuple[str, Expr], ...], stem: str, taken: set[str], head: str = "") -> dict[Expr, Buffer]:
-    """Chooses what is computed before the sweeps and stored, of the operands ``wanted``; on ``head`` where one is given."""
-    chosen = cut(
-        wanted,
-        early=lambda n: n.op in ROWS + SIZED and not E.reads(n, "readout"),
-        cost=lambda n: _bytes(n) if n.op in LEAVES else 2.2 * _bytes(n) + 4,
-    )
-    nodes = [n for n in walk(*wanted) if n in chosen and n.args and n.token and not E.reads(n, "readout")]
-    named = _named(nodes, names, stem, taken)
-    return {n: Buffer(named[n], head or n.head, n.dims, n.token, "input" if n.dims else "float32") for n in nodes}
-
-
-def _saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Buffer]:
-    """Chooses which values that depend on forward readouts the backward loads."""
-    roots = [*(e for _, e in recurrence.outputs), *(x for s in recurrence.states for x in s.operands)]
-    after = {n for n in walk(*roots) if n.op == "readout" or any(True for _ in E.reads(n, "readout"))}
-    wanted: list[Expr] = []
-
-    def visit(n: Expr) -> Expr | None:
-        if n not in after:
-            return None
-        wanted.append(n)
-        return n
-
-    roots = [x for s in adjoint.states for x in s.operands] + [e for _, e in adjoint.gradients]
-    for root in roots:
-        E.rewrite(root, visit)
-    # a strict readout that the forward happens to have too is not "after": the backward's sweep computes it in passing
-    outputs = {e: name for name, e in recurrence.outputs}
-    chosen = cut(
-        wanted,
-        early=lambda n: n.op == "readout",
-        cost=lambda n: _bytes(n) if n in outputs else 1.0 if n not in after else 2 * _bytes(n),
-    )
-    nodes = [n for n in walk(*wanted) if n in chosen and n in after]
-    taken = {t.name for t in recurrence.inputs + recurrence.params} | set(outputs.values())
-    names = _named([n for n in nodes if n not in outputs], recurrence.names, "y", taken)
-    dims = {name: d for (name, _), d in zip(recurrence.outputs, recurrence.output_dims, strict=True)}
-    return {
-        n: Buffer(outputs[n], n.head, dims[outputs[n]], True, "input")
-        if n in outputs
-        else Buffer(names[n], head, n.dims, True, "input" if n.dims else "float32")
-        for n in nodes
-    }
-
-
-def _tokens(name: str, stores: list[Store], why: str, wide: Iterable[str] = ()) -> tuple[Kernel, ...]:
-    """Makes the kernel of token-wise stores, as torch operations where a vector changes its size; none where there is nothing.
-
-    A dim of ``wide`` may have any size: stores that are all on it and sum over nothing have it on the grid.
-    """
-    if not stores:
-        return ()
-    nodes = list(walk(*(s.value for s in stores)))
-    for d in wide:
-        mine = [s for s in stores if s.buffer.dims == (d,)]
-        if mine and {x for n in nodes for x in n.dims} == {d} and not any(n.op in ROWS + SIZED for n in nodes):
-            rest = [s for s in stores if s not in mine]
-            return (Kernel(name, "tokens", tuple(mine), why, d), *_tokens(f"{name}_numbers", rest, why))
-    sized = any(n.op in SIZED or (n.op == "contract" and n.dims) for s in stores for n in walk(s.value))
-    return (Kernel(name, "torch" if sized else "tokens", tuple(stores), why + ("; sizes change: torch operations" if sized else "")),)
 
 
 def _border(s: State) -> Kernel:
@@ -312,7 +206,7 @@ def _border(s: State) -> Kernel:
 def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, ...]:
     """Plans the decode step: one kernel that holds every state; the dim that nothing sums over is on the grid."""
     roots = [e for _, e in recurrence.outputs]
-    summed = {n.attr("dim") for n in walk(*roots, *_operands(recurrence.states, roots)) if n.op in (*ROWS, "readout")}
+    summed = {n.attr("dim") for n in walk(*roots, *operands_of(recurrence.states, roots)) if n.op in (*ROWS, "readout")}
     free = [d for s in recurrence.states for d in s.dims if d not in summed]
     stores = tuple(Store(outputs[name], e) for name, e in recurrence.outputs)
     return (Kernel("step", "step", stores, "one token, states in place", free[0] if free else ""),)
@@ -542,7 +436,7 @@ class _Pass:
         sums = self.sums(given)
         matrices = {d for s in self.states.values() if len(s.dims) == 2 for d in s.dims}
         vectors = {s.dims[0] for s in self.states.values() if len(s.dims) == 1} - matrices
-        finish = _tokens(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles", vectors)
+        finish = token_kernels(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles", vectors)
         sweeps = self.scans(ends, frozenset(), set(sunk))
         circular = frozenset(k.tile_key for k in in_circles(sweeps))
         return (*sums, *beside(in_order(self.scans(ends, circular, sunk)), self.name), *finish)
