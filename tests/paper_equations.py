@@ -302,6 +302,24 @@ def gated_oja(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tenso
     return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
 
 
+def preconditioned_deltanet(
+    q: Tensor, k: Tensor, v: Tensor, g_a: Tensor, g: Tensor, beta_a: Tensor, beta: Tensor, center: Tensor
+) -> Tensor:
+    """arXiv:2604.21100, diagonal form: Gated DeltaNet whose writes are k over the squashed sum A_t of decayed beta_a k^2."""
+    group = v.shape[2] // k.shape[2]
+    age = g_a.cumsum(1).transpose(1, 2)
+    shares = (age.unsqueeze(-1) - age.unsqueeze(-2)).exp().tril() * beta_a.transpose(1, 2).unsqueeze(-2)
+    far = torch.log(torch.einsum("bhts,bshk->bthk", shares, k.square()) + 1e-6) - center[:, None]
+    scaled = k * 1.5 ** (-far / (1 + far.abs()))
+    q, k, scaled = (x.repeat_interleave(group, 2) for x in (q, k, scaled))
+
+    def step(s: Tensor, t: int) -> Tensor:
+        decayed = s * g[:, t, :, None, None].exp()
+        return decayed + beta[:, t, :, None, None] * (rank_one(scaled[:, t], v[:, t]) - rank_one(scaled[:, t], k[:, t]) @ decayed)
+
+    return transitions(q, step, v.shape[-1]) / math.sqrt(q.shape[-1])
+
+
 def shares(s: Tensor, g: Tensor | None = None) -> Tensor:
     """Returns what of token j's slots is left at token i, exp(s_j) over its sum or times the gates between: [B, H, M, T, T]."""
     lower = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()
@@ -405,6 +423,7 @@ EQUATIONS: dict[str, Callable[..., Tensor]] = {
         metala,
         mlstm,
         performer,
+        preconditioned_deltanet,
         rebased,
         relu_attention,
         retnet,

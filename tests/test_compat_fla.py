@@ -265,7 +265,17 @@ def shape(f: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 def test_signatures_are_those_of_the_installed_package(name: str) -> None:
     rooms = [
         installed(f"fla.ops{room}")
-        for room in ("", ".rebased", ".gdn2", ".gated_oja_rule", ".gated_delta_product", ".rwkv7", ".hgrn", ".rwkv4")
+        for room in (
+            "",
+            ".rebased",
+            ".gdn2",
+            ".gated_oja_rule",
+            ".gated_delta_product",
+            ".rwkv7",
+            ".hgrn",
+            ".rwkv4",
+            ".precond_gated_delta_rule",
+        )
     ]
     theirs = next(getattr(room, name) for room in rooms if hasattr(room, name))
     assert shape(getattr(fla, name)) == shape(theirs)

@@ -196,6 +196,38 @@ def test_norms_inside_a_function_are_norms_before_it() -> None:
     torch.testing.assert_close(got, fla.chunk_gated_oja_rule(unit(Q), KEY, unit(VALUE), GV, BETA)[0], rtol=1e-4, atol=1e-5)
 
 
+PRECONDITIONED = {"k": KEY, "v": WIDE, "g_atk": G, "g": GS, "beta_atk": BETA, "beta": BETAS}
+
+
+def preconditioned(state: Tensor, diagonal: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = []
+    for t in range(T):
+        diagonal = G[:, t, :, None].exp() * diagonal + BETA[:, t, :, None] * KEY[:, t].square()
+        far = torch.log(diagonal + 1e-6) - center[:, None]
+        scaled = (KEY[:, t] * 1.5 ** (-far / (1 + far.abs()))).repeat_interleave(HV // H, 1)
+        state = state * GS[:, t, :, None, None].exp()
+        state = state + write(scaled, BETAS[:, t, :, None] * (WIDE[:, t] - read(many(KEY)[:, t], state)))
+        rows.append(read(many(unit(Q))[:, t], state) * K**-0.5)
+    return torch.stack(rows, 1), state, diagonal
+
+
+@pytest.mark.parametrize("name", ["chunk_precond_gated_delta_rule", "fused_recurrent_precond_gated_delta_rule"])
+def test_a_preconditioned_rule_keeps_two_states(name: str) -> None:
+    state, diagonal, center = draw(B, HV, K, V, seed=30), draw(B, H, K, seed=31).abs(), draw(H, seed=32)
+    f = getattr(fla, name)
+    given = {"initial_state": state, "initial_A_state": diagonal, "log_atk_scale": center, "output_final_state": True}
+    for got, wanted in zip(f(Q, **PRECONDITIONED, **given), preconditioned(state, diagonal, center), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    turned = f(Q, **PRECONDITIONED, **{**given, "initial_state": state.mT}, transpose_state_layout=True)
+    torch.testing.assert_close(turned[1].mT, preconditioned(state, diagonal, center)[1], rtol=1e-4, atol=1e-5)
+    o, last, end = f(Q, **PRECONDITIONED)
+    plain = preconditioned(torch.zeros_like(state), torch.zeros_like(diagonal), torch.full((H,), -0.2))[0]
+    torch.testing.assert_close(o, plain, rtol=1e-4, atol=1e-5)
+    assert last is end is None
+    with pytest.raises(NotImplementedError, match="x=1.5"):
+        f(Q, **PRECONDITIONED, x=2.0)
+
+
 def test_what_is_not_offered_says_so() -> None:
     with pytest.raises(NotImplementedError, match="chunk_kda: return_intermediate_states is not offered"):
         fla.chunk_kda(Q, KEY, VALUE, GK, BETA, return_intermediate_states=True)
@@ -260,3 +292,11 @@ def test_numbers_are_those_of_the_installed_references(module: str, theirs: str,
     got, final = getattr(fla, name)(**named, output_final_state=True)
     torch.testing.assert_close(got, o, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(final, state, rtol=1e-4, atol=1e-5)
+
+
+def test_a_preconditioned_rule_has_the_numbers_of_the_installed_reference() -> None:
+    found = pytest.importorskip("fla.ops.precond_gated_delta_rule.naive", reason="fla-core is not importable here", exc_type=ImportError)
+    named = {"q": Q, **PRECONDITIONED, "log_atk_scale": draw(H, seed=32), "output_final_state": True}
+    theirs = found.naive_recurrent_precond_gated_delta_rule(**named)
+    for got, wanted in zip(fla.chunk_precond_gated_delta_rule(**named), theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

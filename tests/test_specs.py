@@ -22,11 +22,11 @@ def values(declared: Tensor, generator: torch.Generator) -> torch.Tensor:
     x = torch.randn([SIZES[d] for d in declared.shape], dtype=torch.float64, generator=generator) / (2.0 if declared.name in "abk" else 1.0)
     if declared.name == "w" and not declared.token:
         return x.abs()
-    if declared.name in ("g", "w", "g_gamma"):
+    if declared.name in ("g", "w", "g_gamma", "g_a"):
         return -x.abs()
     if declared.name in ("pos", "lower_bound"):
         return x.sigmoid()
-    return x.abs() if declared.name == "s" else x
+    return x.abs() if declared.name in ("s", "beta_a") else x
 
 
 def test_every_spec_has_its_equation_and_the_other_way_round() -> None:

@@ -79,9 +79,15 @@ def function(name: str, declared: str, reading: Callable[[Given], Act]) -> Calla
 
     def run(*args: object, **named: object) -> Any:
         given: Given = {**defaults, **dict(zip(names, args, strict=False)), **named}
+        if "transpose_state_layout" in names:  # not deprecated where the signature has it
+            given["state_v_first"] = given.pop("transpose_state_layout", False)
         if "head_first" in named:
             raise DeprecationWarning("head_first has been removed. Inputs must be in `[B, T, H, ...]` format.")
-        if len(args) > len(names) or any(n in named for n in names[: len(args)]) or not all(n in given for n in names):
+        if (
+            len(args) > len(names)
+            or any(n in named for n in names[: len(args)])
+            or not all(n in given for n in names if n != "transpose_state_layout")
+        ):
             signature.bind(*args, **named)  # raises TypeError, as Python words it
         unknown = named.keys() - {*names, *(HINTS | SWITCHES if open_ else ())}
         if unknown:

@@ -152,6 +152,30 @@ def _gated_delta(a: Given) -> Act:
     return Act("gated_deltanet", (a["q"], a["k"], a["v"], g, _beta(a)), scale_of(a))
 
 
+def _preconditioned(a: Given) -> Act:
+    """States are (S, A [N, H, K]), each with an argument and a place among the results of its own."""
+    if a["x"] != 1.5 or a["eps"] != 1e-6 or a.get("gk") is not None or a.get("gv") is not None:
+        raise NotImplementedError("preconditioned delta rules are offered with x=1.5, eps=1e-6 and a decay by head: no gk, no gv")
+    q, k, v = a["q"], a["k"], a["v"]
+    g = torch.zeros_like(v[..., 0], dtype=torch.float32) if a["g"] is None else a["g"]
+    center = torch.full((k.shape[2],), -0.2, device=k.device) if a["log_atk_scale"] is None else a["log_atk_scale"]
+    matrix, diagonal, first = a["initial_state"], a["initial_A_state"], a["state_v_first"]
+    states = None
+    if matrix is not None or diagonal is not None:
+        n = q.shape[0] if a["cu_seqlens"] is None else len(a["cu_seqlens"]) - 1
+        diagonal = q.new_zeros(n, *k.shape[2:]) if diagonal is None else diagonal
+        matrix = q.new_zeros(n, v.shape[2], k.shape[3], v.shape[3]) if matrix is None else matrix.mT if first else matrix
+        states = (diagonal, matrix)
+
+    def finish(o: Tensor, finals: tuple[Tensor, ...] | None) -> object:
+        if finals is None:
+            return o, None, None
+        return o, finals[1].mT.contiguous() if first else finals[1], finals[0]
+
+    tensors = (q, k, v, a["g_atk"], g, a["beta_atk"], _beta(a), center)
+    return Act("preconditioned_deltanet", tensors, scale_of(a), states, finish=finish)
+
+
 def _kda(a: Given) -> Act:
     return Act("kda", (*_grouped(a, "q", "k"), a["v"], _gate(a), _beta(a)), scale_of(a))
 
@@ -266,6 +290,8 @@ _FIRST = "state_v_first=False cu_seqlens=None **kwargs"
 _QK = "use_qk_l2norm_in_kernel=False"
 _GATE = "use_gate_in_kernel=False"
 _SIGMOID = "use_beta_sigmoid_in_kernel=False allow_neg_eigval=False"
+_ATK = "initial_state=None initial_A_state=None output_final_state=False use_qk_l2norm_in_kernel=True"
+_SQUASH = "x=1.5 eps=0.000001 log_atk_scale=None"
 _OJA = "use_q_l2norm=False use_k_l2norm=False"
 _LIGHT = "q k v layer_idx num_layers"
 _NORM = "normalize=True cu_seqlens=None"
@@ -309,6 +335,17 @@ fused_recurrent_gated_delta_rule = fused_recurrent_gdn = function(
 )
 chunk_gated_delta_product = function(
     "chunk_gated_delta_product", f"q k v g beta num_householder {_STATE} {_QK} {_BOTH} cp_context=None", _product
+)
+chunk_precond_gated_delta_rule = function(
+    "chunk_precond_gated_delta_rule",
+    f"q k v g_atk g beta_atk beta scale=None {_ATK} {_BOTH} cp_context=None transpose_state_layout=False {_SQUASH}",
+    _preconditioned,
+)
+fused_recurrent_precond_gated_delta_rule = function(
+    "fused_recurrent_precond_gated_delta_rule",
+    f"q k v g=None gk=None gv=None beta=None g_atk=None beta_atk=None scale=None {_ATK} cu_seqlens=None "
+    f"transpose_state_layout=False {_SQUASH}",
+    _preconditioned,
 )
 chunk_kda = function(
     "chunk_kda",

@@ -127,6 +127,11 @@ def speeds(like: Tensor) -> Tensor:
     return torch.exp(-5.0 + 8.0 * (torch.arange(like.numel(), dtype=torch.float32) / max(like.numel() - 1, 1)).reshape(like.shape))
 
 
+def squash_centers(like: Tensor) -> Tensor:
+    """Returns Preconditioned DeltaNet's first center [H]: -0.2 (its code in flash-linear-attention, log_atk_scale)."""
+    return torch.full(like.shape, -0.2)
+
+
 def firsts(like: Tensor) -> Tensor:
     """Returns RWKV-4's first u [D]: log(0.3), with a zigzag of three (its code, time_first)."""
     zigzag = (torch.arange(like.numel(), dtype=torch.float32) + 1) % 3 - 1
@@ -134,6 +139,7 @@ def firsts(like: Tensor) -> Tensor:
 
 
 PAPERS: dict[tuple[str, str], Start] = {
+    ("preconditioned_deltanet", "center"): squash_centers,
     ("rwkv4", "u"): firsts,
     ("rwkv4", "w"): speeds,
     ("rwkv6", "u"): bonus,

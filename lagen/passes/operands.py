@@ -83,15 +83,15 @@ def choose_saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Ex
         wanted.append(n)
         return n
 
-    roots = [x for s in adjoint.states for x in s.operands] + [e for _, e in adjoint.gradients]
-    for root in roots:
+    crossing = {x for s in recurrence.states for x in s.operands if x in after}  # the stage after loads them
+    for root in (*crossing, *(x for s in adjoint.states for x in s.operands), *(e for _, e in adjoint.gradients)):
         E.rewrite(root, visit)
     # a strict readout that the forward happens to have too is not "after": the backward's sweep computes it in passing
     outputs = {e: name for name, e in recurrence.outputs}
     chosen = cut(
         wanted,
         early=lambda n: n.op == "readout",
-        cost=lambda n: _bytes(n) if n in outputs else 1.0 if n not in after else 2 * _bytes(n),
+        cost=lambda n: _bytes(n) if n in outputs or n in crossing else 1.0 if n not in after else 2 * _bytes(n),
     )
     nodes = [n for n in walk(*wanted) if n in chosen and n in after]
     taken = {t.name for t in recurrence.inputs + recurrence.params} | set(outputs.values())

@@ -61,12 +61,18 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     core = replace(core, states=tuple(_known(s, solved) for s in core.states))
     back = replace(map_adjoint(back, lambda e: E.substitute(e, _leaves(solved))), states=tuple(_known(s, solved) for s in back.states))
     saved = choose_saved(core, back, head)
+    kept = {b.name: b for b in saved.values() if b.name not in outputs}
+    targets = [(outputs[name], e) for name, e in core.outputs] + [(kept[b.name], n) for n, b in saved.items() if b.name in kept]
+    buffers = {b.leaf: b for b in solved.values()}
+    own, back_own = ([(buffers[u.leaf], u.leaf) for s in states for u in s.solves] for states in (core.states, back.states))
+    taken |= {b.name for b in (*kept.values(), *solved.values())}
+    onward = stages(core.states, targets + own, head, taken)
+    crossed = {e: b for stage in onward for b, e in stage.targets if b not in [x for x, _ in targets + own]}
+    loads = _leaves(saved | crossed)
     # numbers leave inner products only now: before, they would take outputs apart that the backward is given whole
-    loads = {n: b.leaf for n, b in saved.items()}
     back = map_adjoint(back, lambda e: factor(push_leads(E.substitute(e, loads), _loaded)))
     numbers = choose_prepared(operands_of(back.states, [e for _, e in back.gradients]), (), "w", taken, head)
     back = map_adjoint(back, lambda e: E.substitute(e, {n: b.leaf for n, b in numbers.items()}))
-    kept = {b.name: b for b in saved.values() if b.name not in outputs}
 
     prepare = tuple(
         k
@@ -77,26 +83,23 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
             "row functions and size changes of the sweeps' operands",
         )
     )
-    targets = [(outputs[name], e) for name, e in core.outputs] + [(kept[b.name], n) for n, b in saved.items() if b.name in kept]
-    buffers = {b.leaf: b for b in solved.values()}
-    own, back_own = ([(buffers[u.leaf], u.leaf) for s in states for u in s.solves] for states in (core.states, back.states))
     gradients = [
         (Buffer(f"d{t.name}", head, t.dims, t.token, "own"), e)
         for t, (_, e) in zip(recurrence.inputs + recurrence.params, back.gradients, strict=True)
     ]
     ends = {s.name: (f"initial_{s.name}", f"final_{s.name}") for s in core.states}
-    taken |= {b.name for b in (*kept.values(), *solved.values())}
-    ahead = _stages("forward", stages(core.states, targets + own, head, taken), head, ends, (), taken, {})
+    ahead = _stages("forward", onward, head, ends, (), taken, {})
     decayed = {n: b for launched in ahead for n, b in stored(launched.chunked).items()}
     ends = {s.name: (f"initial_{s.name}", "") for s in core.states}
     ends |= {s.name: (f"dfinal_{s.name[1:]}", f"dinitial_{s.of}" if s.name == f"d{s.of}" else "") for s in back.states}
-    known = tuple(replace(s, solves=()) for s in core.states)
+    known = tuple(replace(s, solves=()).map(lambda e: E.substitute(e, loads)) for s in core.states)
     behind = _stages("backward", stages(known + back.states, gradients + back_own, head, taken), head, ends, known, taken, decayed)
     undone = {n: b for launched in behind for n, b in stored(launched.chunked).items()}
     returned = [k for launched in behind for k in launched.kernels]
-    # what the forward stores beyond its pair sums serves the backward too
-    kept_decayed = [b for n, b in decayed.items() if any(b.leaf in set(walk(*k.values)) for k in returned)]
     first = token_kernels("backward_prepare", [Store(b, n) for n, b in numbers.items()], "row sums that several sweeps take")
+    # what the forward stores beyond its results and what was chosen to be saved serves the backward too
+    loaded = {n for k in (*first, *returned) for n in walk(*k.values)}
+    reused = [b for b in (*decayed.values(), *crossed.values()) if b.leaf in loaded]
     whole = len(ahead) == len(behind) == 1 and not peaks  # what crosses between stages is not there when scans are cut
     borders = tuple(load(load(_border(s), decayed), undone) for s in core.states + back.states) if whole else ()
     # nor is what a sweep solves
@@ -109,7 +112,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         (*prepare, *peaks, *(k for launched in ahead for k in launched.kernels)),
         (*first, *returned),
         (*prepare, *step) if all(s.causal for s in core.states) else (),
-        (*made_before, *kept_decayed, *(_total(s) for s in core.states if not s.causal)),
+        (*made_before, *reused, *(_total(s) for s in core.states if not s.causal)),
         stepped + back.states,
         borders if cuttable and all(s.causal and s.head == head for s in core.states) else (),
     )
@@ -146,8 +149,6 @@ def _stages(
         label = name if i == 0 else f"{name}_{i}"
         one = _Pass(label, stage.states, head, "t" if i == 0 else f"t{i}_")
         one.settle(list(stage.targets))
-        if len(found) > 1 and one.solved:
-            raise NotImplementedError(f"no Triton form for what is solved in stages: {', '.join(u.name for u in one.solved)}")
         sweeps = tuple(load(k, decayed) for k in one.kernels(ends, given, sunk))
         inverses = take_inverses(sweeps, head, taken)
         sweeps = tuple(load(k, {s.value: s.buffer for s in inverses}) for k in sweeps)

@@ -36,6 +36,7 @@ _STEMS = {"gram": "scores", "mix": "pairs", "whole": "decay"}
 def take_inverses(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> list[Store]:
     """Stores the inverses by which sweeps solve: each is computed once a chunk, not in every tile."""
     weights = (n.args[0] for k in sweeps for n in walk(*k.values) if n.op == "mix" and n.args[1] == ONE)
+    weights = (w.args[0] if w.op == "flip" else w for w in weights)  # a reverse state solves by the forward's, flipped
     found = dict.fromkeys(w for w in weights if w.op in SQUARES)
     names = [f"inverse{i or ''}" for i in range(99) if f"inverse{i or ''}" not in taken]
     taken |= {*names[: len(found)]}

@@ -17,7 +17,7 @@ _POSITIVE = ("exp", "sigmoid", "softplus", "cdf")
 def lint(variant: Variant, places: dict[str, dict[Expr, Span]]) -> tuple[Mistake, ...]:
     """This function returns the warnings about a variant; ``places`` are those of read_places."""
     found: list[Mistake] = []
-    bounds = Bounds(facts_of(variant))
+    bounds = Bounds([*facts_of(variant), *_kept(variant)])
     lines: list[StateLine | OutputLine] = [*variant.states, *variant.outputs]
     for line in lines:
         in_line, in_define = places.get(line.name, {}), places.get("", {})
@@ -27,6 +27,23 @@ def lint(variant: Variant, places: dict[str, dict[Expr, Span]]) -> tuple[Mistake
             found.extend(check.writes())
             found.extend(check.gains())
     return tuple(dict.fromkeys(found))
+
+
+def _kept(variant: Variant) -> list[Expr]:
+    """States that stay at 0 or above when they start there, by induction over tokens: their values as facts."""
+
+    def facts(lines: list[StateLine]) -> list[Expr]:
+        at = [E.leaf(op, s.name, s.dims, s.head, token=True) for s in lines for op in ("past", "now")]
+        return [E.call("ge", e, E.const(0.0)) for e in at]
+
+    kept = [s for s in variant.states if not s.peak and s.init >= 0.0]
+    while kept:
+        bounds = Bounds([*facts_of(variant), *facts(kept)])
+        held = [s for s in kept if bounds.interval(s.expr)[0] >= 0.0]
+        if held == kept:
+            break
+        kept = held
+    return facts(kept)
 
 
 class _Line:
