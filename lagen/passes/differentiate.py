@@ -254,20 +254,25 @@ class _Tape:
         inclusive = all(n.attr("at") == "now" for n, _ in reads) and not state.decay
         at = "all" if not state.causal else "since" if inclusive else "later"
         a, b = (*state.dims, "", "")[:2]
+        learnt = [g for g in state.decay if any(n.op in ("input", "param", "readout") for n in E.walk(g))]  # of constants none is
+        fading = [g for g in learnt if set(g.dims) != set(state.dims) or self.wider(g, state)]
+        led = self.lead(state, back) if fading else back
+        # a side that the decay's gradient is taken on shares its readout, where another one still reads the reverse state itself
+        shared = [_faded(g, w)[0] for g in fading for w in state.writes]
+        shared = shared if any(x not in shared and x.op not in _CONSTANT for w in state.writes for x in (w.row, w.col)) else []
         for w in state.writes:
             for side, other, dim in ((w.row, w.col, b), (w.col, w.row, a)):
-                self.add(side, readout(back, other, dim, at))
-            for (n, _), back_write in zip(reads, writes, strict=True):
-                if n.attr("at") == "now" and not inclusive:
-                    self.add(w.row, E.mul(pair(back_write.col, w.col), back_write.row))
-                    self.add(w.col, E.mul(pair(back_write.row, w.row), back_write.col))
-        for g in state.decay:
-            if all(n.op not in ("input", "param", "readout") for n in E.walk(g)):
-                continue  # a decay made of constants takes no gradient
-            if set(g.dims) == set(state.dims) and not self.wider(g, state):
-                self.add(g, E.mul(readout(state, E.ONE, "", "decayed"), self.returning(back)))
+                mine = led if side in shared else back
+                self.add(side, readout(mine, other, dim, at))
+                for (n, _), back_write in zip(reads, mine.writes, strict=True):
+                    if not inclusive and (mine is not back or n.attr("at") == "now"):
+                        near, far = (back_write.row, back_write.col) if side is w.row else (back_write.col, back_write.row)
+                        self.add(side, E.mul(pair(far, other), near))
+        for g in learnt:
+            if g in fading:
+                self.fade(state, led, g)
             else:
-                self.fade(state, back, g)
+                self.add(g, E.mul(readout(state, E.ONE, "", "decayed"), self.returning(back)))
 
     def wider(self, g: Expr, state: State) -> bool:
         """Tells whether a log-decay also decays a state that has more dims: then one sum serves them all."""
@@ -278,26 +283,30 @@ class _Tape:
         own = [E.mul(E.outer(w.row, w.col) if w.row.dims and w.col.dims else E.mul(w.row, w.col)) for w in back.writes if w.decayed]
         return E.add(readout(back, E.ONE, "", "later"), *own)
 
-    def fade(self, state: State, back: State, g: Expr) -> None:
-        """Gives a log-decay its strict terms: of reads from the state, of writes from the reverse state of the same pairs.
+    def strict(self, state: State) -> list[tuple[Expr, Expr, Expr]]:
+        """Lists a state's readouts, each with the vector and cotangent under which no pair is without decays between.
 
-        An exclusive read of the token after is an inclusive one of this token: so taken, no pair stands in both kinds of terms that
-        the decay is never between.
+        An exclusive read of the token after is an inclusive one of this token.
         """
-        exclusive = [n for n, _ in self.readouts[state.name] if n.attr("at") == "previous"]
-        reads = [
-            (n, E.lead(n.args[0]), E.mul(E.FOLLOWS, E.lead(d))) if n in exclusive else (n, n.args[0], d)
+        return [
+            (n, E.lead(n.args[0]), E.mul(E.FOLLOWS, E.lead(d))) if n.attr("at") == "previous" else (n, n.args[0], d)
             for n, d in self.readouts[state.name]
         ]
-        if exclusive:
-            writes = tuple(Write(*((vector, d) if _on_row(state, n) else (d, vector))) for n, vector, d in reads)
-            back = replace(back, name=f"{back.name}_lead", writes=writes)
-            if back not in self.reverse:
-                self.reverse.append(back)
+
+    def lead(self, state: State, back: State) -> State:
+        """Returns the reverse state that a fading decay's gradient meets: that of the strict reads, where some are exclusive."""
+        if all(n.attr("at") != "previous" for n, _ in self.readouts[state.name]):
+            return back
+        writes = tuple(Write(*((vector, d) if _on_row(state, n) else (d, vector))) for n, vector, d in self.strict(state))
+        self.reverse.append(replace(back, name=f"{back.name}_lead", writes=writes))
+        return self.reverse[-1]
+
+    def fade(self, state: State, back: State, g: Expr) -> None:
+        """Gives a log-decay its strict terms: of reads from the state, of writes from the reverse state of the same pairs."""
         gate = self.gates.setdefault(g, {}).setdefault(state.name if self.staged else "", _Gate())
         gate.states.append(state.name)
         gate.backs.append(back.name)
-        for n, vector, d in reads:
+        for n, vector, d in self.strict(state):
             if set(g.dims) <= set(vector.dims):
                 term = _on(vector, readout(state, d, _other(state, n), "decayed"), g.dims)
             else:
@@ -305,8 +314,13 @@ class _Tape:
             gate.reads = E.add(gate.reads, term)
         a, b = (*state.dims, "", "")[:2]
         for w in state.writes:
-            mine, other, dim = (w.row, w.col, b) if set(g.dims) <= set(w.row.dims) else (w.col, w.row, a)
-            gate.writes = E.add(gate.writes, _on(mine, readout(back, other, dim, "later"), g.dims))
+            mine, other = _faded(g, w)
+            gate.writes = E.add(gate.writes, _on(mine, readout(back, other, b if mine is w.row else a, "later"), g.dims))
+
+
+def _faded(g: Expr, w: Write) -> tuple[Expr, Expr]:
+    """Returns the side of a write that a log-decay's gradient is taken on, and the other one."""
+    return (w.row, w.col) if set(g.dims) <= set(w.row.dims) else (w.col, w.row)
 
 
 def _transposed(u: Solve) -> Expr:

@@ -297,6 +297,8 @@ class _Pass:
         """Returns the sweeps whose results ``e`` uses."""
         if e in self.home:
             return {self.home[e]}
+        if e.op == "lead":  # of what is stored, and loaded from the row below
+            return set()
         return set().union(*(self.keys(a) for a in e.args)) if e.args else set()
 
     def clean(self, e: Expr, key: Key) -> bool:
@@ -415,6 +417,8 @@ class _Pass:
         """Lowers every readout in ``e`` over the given carries, and, where the sweep is ``solving``, what it solves."""
 
         def rule(n: Expr) -> Expr | None:
+            if n.op == "lead":
+                return n
             if solving and n in self.solved:
                 state = self.solved[n]
                 over = next(d for d in state.dims if d not in n.dims)
