@@ -33,7 +33,7 @@ from lagen.runtime.signature import Argument, OperatorSpec, measure
 Tensors = tuple[Tensor, ...]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BASE = ("-std=c++17", "-O2", "-fno-math-errno", "-fPIC", "-shared")
+BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 INCLUDE = '#include "_sweeps.h"\n'
 SMALL = 1 << 18  # state entries of a step that one thread takes alone
