@@ -96,7 +96,7 @@ class _Printer:
     names: dict[Expr, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     stored: set[Expr] = field(default_factory=set)
-    tile: str = "n"
+    standing: set[Expr] = field(default_factory=set)  # in this pass: rows that may be the caller's own memory
 
     def printed(self) -> PrintedDirection:
         """Prints the whole direction."""
@@ -215,8 +215,21 @@ class _Printer:
         base = f"w.{self.names[node]}"
         return f"({base} + t0 * {_pad(dim)})" if node in self.program.kept else base
 
+    def row(self, node: Expr, i: str) -> str:
+        """Prints the pointer to a node's row for token ``i`` of this tile."""
+        if node in self.standing:
+            return f"{self.names[node]}rows.of({i})"
+        dim = (node.dims or ("",))[0]
+        return f"{self.where(node)} + {i} * {_pad(dim)}" if dim else f"{self.where(node)} + {i}"
+
+    def own_row(self, node: Expr) -> str:
+        """Prints the pointer to a node's row for token i, or to what all tokens share."""
+        return self.row(node, "i") if node.token else self.where(node)
+
     def operand(self, node: Expr) -> str:
         """Prints a node's array with its stride from token to token."""
+        if node in self.standing:
+            return f"{self.names[node]}rows"
         return f"{{{self.where(node)}, {_pad((node.dims or ('',))[0]) if node.token else '0'}}}"
 
     # ---- loading and storing
@@ -235,6 +248,9 @@ class _Printer:
     def one_pass(self, p: Pass) -> PrintedPass:
         """Prints a pass."""
         before, after, body = [], [], []
+        params = {t.name for t in self.recurrence.params}
+        targets = self.targets(p)
+        self.standing = {n for n in p.loads if n.op == "input" and n.dims} | set(targets)
         sweeps = [s for s in p.steps if isinstance(s, Sweep)]
         for s in sweeps:
             if not s.whole and (self.direction != "step" or not s.rows or s.elements):
@@ -243,23 +259,37 @@ class _Printer:
             if s in sweeps:
                 after.append(self.store_state(s))
         body += [self.load(n) for n in p.loads]
+        for e, name in targets.items():
+            rows = f"{self.where(e)}, {name}, b, t0, h, {_size(e.dims[0])}, {_pad(e.dims[0])}"
+            body.append(f"const Operand {self.names[e]}rows = target({rows});")
         for step in p.steps:
             body += self.step(step, closings=p.closings)
-        params = {t.name for t in self.recurrence.params}
         outputs = []
         for name, e in p.stores:
             dim = (e.dims or ("",))[0]
             if self.direction == "backward" and name in params:
-                body.append(f"gather(w.sum_d{name}_, {self.where(e)}, n, {_pad(dim)});")
+                body.append(f"gather(w.sum_d{name}_, {self.operand(e)}, n, {_pad(dim)});")
             else:
-                target = f"c.d{name}_" if self.direction == "backward" else f"c.{name}_"
-                outputs.append((target, dim))
-                body.append(f"store({target}, b, t0, h, {self.where(e)}, n, {_size(dim)}, {_pad(dim)});")
+                outputs.append((self.sink(name), dim))
+                body.append(f"store({self.sink(name)}, b, t0, h, {self.operand(e)}, n, {_size(dim)});")
         ahead = [f"ahead.add(c.{n.name}_, b, next, h, more, {_size((n.dims or ('',))[0])});" for n in p.loads if n.op == "input"]
         ahead += [f"ahead.add({target}, b, next, h, more, {_size(dim)});" for target, dim in outputs]
         closed = list(dict.fromkeys(s.state.name for _, s, _ in p.closings))
         alone = " || ".join(f"c.d_final_{name}.given()" for name in closed)
         return PrintedPass(p.reverse, alone, before, ahead, body, after)
+
+    def sink(self, name: str) -> str:
+        """Prints the caller's tensor of an output or a gradient."""
+        return f"c.d{name}_" if self.direction == "backward" else f"c.{name}_"
+
+    def targets(self, p: Pass) -> dict[Expr, str]:
+        """Pairs what a pass stores and may compute where it is stored with the caller's tensor."""
+        params = {t.name for t in self.recurrence.params} if self.direction == "backward" else set[str]()
+        made = {
+            n for s in p.steps for n in (s.nodes if isinstance(s, Loop) else s.reads if isinstance(s, Sweep) and not s.elements else ())
+        }
+        fit = [(e, name) for name, e in p.stores if name not in params and e in made and e.dims and e not in self.program.kept]
+        return {e: self.sink(name) for e, name in reversed(fit)}
 
     def load(self, n: Expr) -> str:
         """Prints how a tile of an input comes in, of what the tokens after have, or of which tokens have one after them."""
@@ -270,7 +300,8 @@ class _Printer:
             return f"lead({self.where(n)}, {self.where(n.args[0])}, n, {_pad(dim)}, t0 + n == z.T);"
         if n.op == "lead":
             return f"load_next({self.where(n)}, c.{n.args[0].name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)}, z.T);"
-        return f"load({self.where(n)}, c.{n.name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)});"
+        rows = f"{self.where(n)}, c.{n.name}_, b, t0, h, n, {_size(dim)}, {_pad(dim)}"
+        return f"const Operand {self.names[n]}rows = rows({rows});" if n in self.standing else f"load({rows});"
 
     def is_first(self, s: Sweep) -> str:
         """Prints whether the rows of a sweep are its state's first dim."""
@@ -340,8 +371,7 @@ class _Printer:
         if dim and not node.dims:
             preamble[name] = f"const vf {name} = splat({self.where(node)}[{'i' if node.token else '0'}]);"
         elif dim:
-            offset = f"i * {_pad(dim)} + lane" if node.token else "lane"
-            body.append(f"const vf {name} = at({self.where(node)} + {offset});")
+            body.append(f"const vf {name} = at({self.own_row(node)} + lane);")
         else:
             body.append(f"const vf {name} = at({self.where(node)}{' + i' if node.token else ''});")
         return name
@@ -378,7 +408,7 @@ class _Printer:
             body.append(f"const vf {name} = {self.formula(n, args)};")
             inside.add(n)
             if n in self.stored:
-                body.append(f"put({self.where(n)} + {'lane' if once else f'i * {_pad(dim)} + lane'}, {name});")
+                body.append(f"put({self.where(n) if once else self.row(n, 'i')} + lane, {name});")
         head = "for (long i = 0; i < 1; ++i) {" if once else "for (long i = 0; i < n; ++i) {"
         lines = [head, *(f"  {p}" for p in preamble.values()), f"  for (long lane = 0; lane < {_pad(dim)}; lane += LANES) {{"]
         return [*lines, *(f"    {b}" for b in body), "  }", *(f"  {e}" for e in ends), "}"]
@@ -400,8 +430,7 @@ class _Printer:
         """Prints a value whose lanes are not its operands'."""
         n = step.node
         dim = n.dims[0]
-        rows = [f"{self.where(a)}{f' + i * {_pad(a.dims[0])}' if a.token else ''}" for a in n.args]
-        to = f"{self.where(n)}{f' + i * {_pad(dim)}' if n.token else ''}"
+        to, *rows = map(self.own_row, (n, *n.args))
         sizes = [_size(a.dims[0]) for a in n.args]
         if n.op == "concat":
             call = f"concat({to}, {_pad(dim)}, {rows[0]}, {sizes[0]}, {rows[1]}, {sizes[1]});"
@@ -419,9 +448,8 @@ class _Printer:
     def sweep(self, s: Sweep, closings: tuple[tuple[Expr, Sweep, int], ...]) -> list[str]:
         """Prints a sweep: its decay, writes and readouts, and the closings that it feeds."""
         if s.elements:
-            filled = [(r, self.where(r)) for r in s.reads]
             dims, writes = (s.lanes, s.rows), [w[:2] for w in s.writes]
-            return dense_sweep(s.elements, s.label, dims, writes, filled, self.where, self.formula)
+            return dense_sweep(s.elements, s.label, dims, writes, s.reads, self.own_row, self.formula)
         by_dims = {d.dims: d for d in s.decay}
         row = (s.rows,) if s.rows else ("no row",)
         lane = (s.lanes,) if s.lanes else ("no lane",)
@@ -487,7 +515,7 @@ class _Printer:
         """Prints what a solved value is before its state is read."""
         if u.base == E.ZERO:
             return f"  memset({self.where(u.leaf)}, 0, 4 * n * {_pad(lanes)});"
-        return f"  copy({self.where(u.leaf)}, {self.where(u.base)}, n * {_pad(lanes)});"
+        return f"  copy_rows({self.where(u.leaf)}, {self.operand(u.base)}, n, {_pad(lanes)});"
 
     def solved(self, u: Solve, r: Expr) -> str:
         before = "false" if r.attr("at") == "decayed" else "true"
@@ -496,4 +524,4 @@ class _Printer:
     def read(self, s: Sweep, r: Expr) -> str:
         before = "true" if r.attr("at") in ("previous", "later", "since") else "false"
         row = self.operand(r.args[0]) if s.rows else "{}"
-        return f"{{{row}, {self.where(r)}, {before}}}"
+        return f"{{{row}, {self.operand(r)}, {before}}}"

@@ -6,7 +6,7 @@ likewise, as a vector of the made-up dim "lanes|rows"; the rest is printed into 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lagen.ir import expr as E
@@ -94,13 +94,13 @@ def dense_sweep(
     label: str,
     dims: tuple[str, str],
     writes: list[tuple[Expr, Expr]],
-    reads: list[tuple[Expr, str]],
-    names: Callable[[Expr], str],
+    reads: Sequence[Expr],
+    row: Callable[[Expr], str],
     formula: Callable[[Expr, list[str]], str],
 ) -> list[str]:
     """This function prints a forward walk of a dense state: ``dims`` are (lanes, rows), ``writes`` (on rows, on lanes).
 
-    ``reads`` are readouts over the rows, each with the text of the array it fills; ``names`` gives the array of a value.
+    ``reads`` are readouts over the rows; ``row`` gives a value's row, where it has tokens that of token i.
     """
     lanes, rows = dims
     before: list[str] = []
@@ -122,15 +122,13 @@ def dense_sweep(
             return known[n]
         known[n] = fresh("x")
         if n.dims == (lanes,):
-            step = f"i * z.pad_{lanes} + " if n.token else ""
-            before.append(f"const vf {known[n]} = at({names(n)} + {step}lane);")
+            before.append(f"const vf {known[n]} = at({row(n)} + lane);")
         elif n.dims == (rows,):
-            step = f"i * z.pad_{rows} + " if n.token else ""
-            body.append(f"const vf {known[n]} = splat({names(n)}[{step}r]);")
+            body.append(f"const vf {known[n]} = splat(({row(n)})[r]);")
         elif not n.dims:
-            before.append(f"const vf {known[n]} = splat({names(n)}[{'i' if n.token else '0'}]);")
+            before.append(f"const vf {known[n]} = splat(*({row(n)}));")
         else:
-            body.append(f"const vf {known[n]} = at({names(n)} + (lane / LANES * z.size_{rows} + r) * LANES);")
+            body.append(f"const vf {known[n]} = at({row(n)} + (lane / LANES * z.size_{rows} + r) * LANES);")
         return known[n]
 
     flat = dict(e.flats)
@@ -152,19 +150,19 @@ def dense_sweep(
     body.append("vf y = at(s + r * LANES);")
 
     def read(at: str) -> None:
-        for i, (r, _) in enumerate(reads):
+        for i, r in enumerate(reads):
             if r.attr("at") == at:
                 body.append(f"o{i} += y * {value(r.args[0])};")
 
     read("previous")
     body.append(f"y *= exp_of_decay({log});")
     read("decayed")
-    for row, lane in writes:
-        body.append(f"y += {value(lane)} * {value(row)};")
+    for on_row, on_lane in writes:
+        body.append(f"y += {value(on_lane)} * {value(on_row)};")
     read("now")
     body.append("put(s + r * LANES, y);")
     sums = [f"vf o{i}{{}};" for i in range(len(reads))]
-    ends = [f"put({to} + i * z.pad_{lanes} + lane, o{i});" for i, (_, to) in enumerate(reads)]
+    ends = [f"put({row(r)} + lane, o{i});" for i, r in enumerate(reads)]
     return [
         f"for (long lane = 0; lane < z.pad_{lanes}; lane += LANES) {{",
         f"  float* s = w.{label}.s + lane * z.size_{rows};",
