@@ -10,7 +10,7 @@ import jinja2
 
 from lagen import data
 from lagen.emit.cpp_direction import print_direction
-from lagen.emit.cpp_plan import Fallback, Program, Sweep, plan_backward, plan_forward, split_dim
+from lagen.emit.cpp_plan import EVERY, Fallback, Program, Sweep, plan_backward, plan_forward, split_dim
 from lagen.ir.expr import Expr, number
 from lagen.ir.recurrence import Adjoint, Recurrence
 
@@ -38,6 +38,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         causal=all(s.causal for s in recurrence.states),
         split=split,
         split_index=_dims(recurrence).index(split) if split else -1,
+        every=EVERY if isinstance(backward, Fallback) else backward.every,
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
         directions=directions,
         step=print_direction(recurrence, forward, "step") if in_place(forward) else None,

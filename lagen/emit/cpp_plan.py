@@ -27,6 +27,7 @@ RESIZES = ("concat", "part", "rename", "taylor2", "quad", "untaylor2", "unquad")
 LEAVES = ("input", "param", "const", "size", "scale", "follows")
 LOADED = ("input", "lead", "follows")  # read from a row of the caller's or of an earlier pass
 POST = ("now", "since")
+EVERY, OFTEN = 64, 16  # tokens from one state that meets another to the next
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,10 @@ class Pass:
 class Meeting:
     """A state and the reverse state that a suffix covers: what they hold between two tokens gives the suffix's value there.
 
-    d/dg_t = <S_{t-1}, dS_{t-1}>, summed to where the decay stands. The sweep of the earlier pass keeps its state every so many tokens,
-    that of the later one meets it there, and the running sum starts anew: its differences cancel over few tokens, not over all.
+    d/dg_t = <S_{t-1}, dS_{t-1}>, summed to where the decay stands. The sweep of the earlier pass keeps its state ``every`` so many tokens
+    of the program, that of the later one meets it there, and the running sum starts anew: its differences cancel over few tokens, not
+    over all. What one token rounds is in the sum of all tokens before it, so the gradient of a param, which adds those up, wants more
+    meetings.
     """
 
     suffix: Expr
@@ -135,6 +138,7 @@ class Program:
     sinks: tuple[tuple[str, Expr], ...]
     ends: tuple[Sweep, ...]  # per state in order, the sweep whose end is the state's final value
     meetings: tuple[Meeting, ...]
+    every: int
 
     def __str__(self) -> str:
         lines = [f"program over {self.head or 'no head'}"]
@@ -248,7 +252,7 @@ class _Planner:
     def __init__(
         self, recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]
     ) -> None:
-        self.sizes = dict(recurrence.sizes)
+        self.sizes, self.params = dict(recurrence.sizes), recurrence.params
         self.head = recurrence.outputs[0][1].head
         self.raw = {s.name: s for s in states}
         self.solver = {u.leaf: s.name for s in states for u in s.solves}
@@ -428,7 +432,10 @@ class _Planner:
                 passes.append(Pass(bool(level % 2), loads, steps, stores, here))
         once = [n for n in constants if n.op not in LEAVES]
         params = tuple(n for n in constants if n.op == "param")
-        return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends, self.meetings(nodes))
+        own = {t.name for t in self.params}
+        summed = any(n.op == "suffix" for name, e in self.sinks if name in own for n in walk(e))
+        every, meetings = OFTEN if summed else EVERY, self.meetings(nodes)
+        return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends, meetings, every)
 
     def meetings(self, nodes: list[Expr]) -> tuple[Meeting, ...]:
         """Finds where the states that each suffix covers meet: a suffix has all of its meetings, or none."""
