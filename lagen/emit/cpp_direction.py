@@ -45,7 +45,8 @@ class PrintedDirection:
 
     name: str
     members: list[str]
-    built: list[str]
+    built: list[str]  # from memory of a head's own, a, or of one tile, t
+    swept: list[str]  # floats of each state
     start: list[str]
     passes: list[PrintedPass]
     finish: list[str]
@@ -110,7 +111,7 @@ class _Printer:
             rows = "(z.T + 2 * TILE)" if node in kept else "TILE" if node.token else "1"
             length = f"{rows} * {_pad(dim)}" if dim else ("TILE" if rows == "1" else rows)
             members.append(f"float* {self.names[node]};  // {node}" if len(str(node)) < 90 else f"float* {self.names[node]};")
-            built.append(f"{self.names[node]} = a.floats({length});")
+            built.append(f"{self.names[node]} = {'t' if node.token and node not in kept else 'a'}.floats({length});")
         seen: set[str] = set()
         for p in program.passes:
             for s in p.steps:
@@ -133,7 +134,8 @@ class _Printer:
         for step in program.once:
             start += self.step(step, once=True)
         passes = [self.one_pass(p) for p in program.passes]
-        return PrintedDirection(self.direction, members, built, start, passes, self.finish())
+        swept = [_cells(s) for s in {s.label: s for _, s in self.steps() if isinstance(s, Sweep)}.values()]
+        return PrintedDirection(self.direction, members, built, swept, start, passes, self.finish())
 
     # ---- names and arrays
 
@@ -196,7 +198,7 @@ class _Printer:
             same = [t for _, t in self.steps() if isinstance(t, Sweep) and t.label == s.label]
             operands = max(2 * len(t.writes) + len(t.reads) + 2 * sum(len(u.reads) for u in t.solves) for t in same)
             members.append(f"Matrix {s.label};  // rows {s.rows}, lanes {s.lanes}")
-            built.append(f"{s.label} = Matrix(a, {_size(s.rows)}, {_size(s.lanes)}, {operands});")
+            built.append(f"{s.label} = Matrix(a, t, {_size(s.rows)}, {_size(s.lanes)}, {operands});")
         else:
             members.append(f"Vector {s.label};")
             built.append(f"{s.label} = Vector(a, {_size(s.lanes)}, {'false' if s.lanes else 'true'});")
