@@ -43,7 +43,7 @@ def plan_of(name: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "efficient_attention", "hedgehog", "per value"]
+    "name", ["simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "efficient_attention", "hedgehog", "per value", "gated_deltanet"]
 )
 def test_a_plan_reads_as_before(name: str, snapshot: SnapshotAssertion) -> None:
     assert str(plan_of(name)) == snapshot
@@ -86,6 +86,27 @@ def test_states_begin_and_end_where_they_should(name: str) -> None:
     assert sorted(back) == sorted(f"dinitial_{s.name}" for s in recurrence.states)
     if made.borders:
         assert {k.holds[0].carry.state for k in made.borders} == {s.name for s in recurrence.states + adjoint.states}
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "gated_deltanet", "comba", "kda", "gated_oja"])
+def test_beside_a_sweep_that_solves_no_tile_is_swept_both_ways(name: str) -> None:
+    made = plan_of(name)
+    swept = [(k.tile, k.reverse) for k in made.backward if k.kind == "sweep" and k.stores and not k.parallel]
+    (met,) = [k for k in made.backward if k.parallel]
+    assert all((met.tile, way) not in swept for way in (False, True))
+    assert {h.carry.state for h in met.holds} == {h.carry.state for k in made.backward for h in k.holds if h.mark}
+    late = replace(made, backward=(met, *(k for k in made.backward if k != met)))
+    with pytest.raises(AssertionError):
+        late.verify()
+
+
+def test_both_directions_share_their_pair_weights_where_one_kernel_reads_them() -> None:
+    (met,) = [k for k in plan_of("gated_deltanet").backward if k.parallel]
+    mixes = {n for s in met.stores for n in walk(s.value) if n.op == "mix"}
+    tables = {n.args[0] for n in mixes if n.args[0].op == "flip"}
+    assert len(mixes) == 4 and len(tables) == 2
+    assert {t.args[0].args for t in tables} == {n.args[:2] for n in mixes if n.args[0] not in tables}
+    assert not [n for n in walk(*met.values) if n.op == "pairs" and n.attr("reverse") == "1"]
 
 
 def test_row_functions_cross_memory_as_numbers() -> None:

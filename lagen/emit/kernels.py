@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lagen.emit.peaks import next_peak, peak_tile, store_before
-from lagen.emit.statements import Statements, Tile, finite
+from lagen.emit.peaks import next_peak, store_before
+from lagen.emit.statements import Statements, Tile
 from lagen.emit.step_statements import StepStatements
+from lagen.emit.sweep_statements import SweepStatements
 from lagen.emit.templates import environment
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, ROW, SQUARES, Carry
@@ -31,43 +31,6 @@ class Printed:
     dims: tuple[str, ...]
     sizes: tuple[str, ...]  # dims of which only the size is used
     exactly: bool = False  # some matmuls keep float32's digits whatever the inputs are
-
-
-class SweepStatements(Statements):
-    """Statements of a sweep: those of a chunk, and what lives across chunks."""
-
-    def __init__(self, kernel: Kernel, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr]) -> None:
-        super().__init__(names, roots)
-        self.kernel = kernel
-        self.meetings: dict[Expr, str] = {}  # of a suffix sum: the pairs around the chunk
-
-    def make_spans(self, n: Expr) -> Tile:
-        """Prints for every token the pairs that it lies between, as far as readers and their chunk give them."""
-        self.prelude.add("lg_spans")
-        total, carried = self.wide(n.args[0]), self.guarded(n.args[1])
-        texts = []
-        for weight, pairs, meeting in zip(n.args[2::3], n.args[3::3], n.args[4::3], strict=True):
-            weights = self.weights(Expr("mix", (weight, pairs), token=True))
-            texts.append(f"{weights.text} * {self.spread(self.wide(meeting), (ROW, COL))}")
-        text = " + ".join(texts)
-        if not all(map(finite, n.args[2:])):
-            text = f"tl.where(m_t[:, None], {text}, 0.0)"
-        met = self.let("b_M", text, (ROW, COL))
-        return self.let("b_spans", f"lg_spans({total.text}, {carried.text}, {met.text}, BT, DT, PRECISION)", (ROW,))
-
-    def make_peak(self, n: Expr) -> Tile:
-        """Prints a running maximum at every token."""
-        return peak_tile(self, n)
-
-    def make_suffix(self, n: Expr) -> Tile:
-        """Prints a log-decay's gradient: what readers give, what the chunk's writers gave those after it, what spans the chunk."""
-        far, axes = self.meetings[n], (ROW, *n.dims)
-        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.guarded(n.args[2])
-        device = "lg_suffix_rows" if n.dims else "lg_suffix"
-        self.prelude.add(device)
-        sides = ", ".join([*(self.spread(x, axes) for x in (reads, carried, rest)), self.spread(Tile(far, n.dims), axes)])
-        flags = "BT, DT, PRECISION" if n.dims else f"BT, {'DT == tl.float32' if n.attr('reads') == 'spans' else 'False'}"
-        return self.let("b_dg", f"{device}({sides}, {flags})", axes)
 
 
 def print_kernel(
@@ -318,6 +281,9 @@ class _Kernel:
         """Prints how a carry begins: from a given state, else from zeros."""
         carry, state = hold.carry, self.states[hold.carry.state]
         tile = self.declare(carry)
+        if hold.met:
+            self.take(hold, tile)
+            return
         shape = ", ".join(f"B{a}" for a in tile.axes)
         zero = f"tl.full([{shape}], {state.init!r}, tl.float32)" if shape else repr(state.init)
         zero = zero if state.init or not shape else f"tl.zeros([{shape}], tl.float32)"
@@ -331,6 +297,14 @@ class _Kernel:
         if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
             load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
         self.before += [f"if HAS_{hold.source.upper()}:", f"    {tile.text} = {load}", "else:", f"    {tile.text} = {zero}"]
+
+    def take(self, hold: Hold, tile: Tile) -> None:
+        """Prints the load of a carry that is kept as the chunk begins."""
+        at, mask = self.marked(hold.source, hold.carry), self.out.mask(tile.axes)
+        load = f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})"
+        self.out.lines.append(f"{tile.text} = {load}")
+        raw = Tile(tile.text, tile.axes, raw=True)
+        self.out.tiles |= {hold.carry.value: raw, Expr("cast", (hold.carry.value,), dims=hold.carry.value.dims): raw}
 
     def border(self, hold: Hold) -> None:
         """Prints the store of a carry where a segment begins (reversed: ends)."""
@@ -360,15 +334,17 @@ class _Kernel:
     def marked(self, name: str, carry: Carry) -> str:
         """Prints the pointer to what is kept of a carry as this chunk begins."""
         state = replace(self.states[carry.state], name=name, head=self.top)
+        out = self.out
         if (name, state) not in self.pointers:
             self.pointers.append((name, state))
         base = f"p_{name} = {name} + ((i_b * HV + i_hv) * NC + c_0)" + "".join(f" * {d}" for d in state.dims)
-        if base not in self.out.head:
-            self.out.head.append(base)
+        if base not in out.head:
+            out.head.append(base)
         # the chunk's share of the offset stands with the lanes', or all of them would hold registers across the loop
         place = self.place(state, carry).removeprefix("(").removesuffix(")")
-        chunk = " * ".join(["i_c", *state.dims])
-        return f"p_{name} + ({chunk} + {place})" if place else f"p_{name} + {chunk}"
+        chunk = " * ".join(["i_c", *state.dims]) if out.chunked else ""
+        at = " + ".join(x for x in (chunk, place) if x)
+        return f"p_{name} + ({at})" if at else f"p_{name}"
 
     def meet(self, n: Expr) -> None:
         """Prints what spans the whole chunk: the state as it begins, met with the reverse state at its end."""
@@ -377,10 +353,11 @@ class _Kernel:
         parts = []
         for name, back in closings(n):
             carry = next(h.carry for h in self.kernel.holds if h.carry.state == back)
-            held, mask = out.tiles[carry.value], out.mask(tuple(d for d in (carry.x, carry.y) if d))
+            held, mask = out.wide(carry.value), out.mask(tuple(d for d in (carry.x, carry.y) if d))
             inner = [f for f in carry.factors if not set(f.dims) <= set(n.dims)]
             load = f"tl.load({self.marked(f'mark_{name}', replace(carry, state=name))}" + (f", mask={mask}, other=0.0)" if mask else ")")
-            text = " * ".join([load, held.text, *(out.spread(out.wide(f), held.axes) for f in inner)])
+            kept = next((out.wide(h.carry.value).text for h in self.kernel.holds if h.carry.state == name), load)
+            text = " * ".join([kept, held.text, *(out.spread(out.wide(f), held.axes) for f in inner)])
             axes = list(held.axes)
             for axis in reversed(held.axes):
                 if axis not in n.dims:

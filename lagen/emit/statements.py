@@ -41,12 +41,17 @@ def zero_preserving(n: Expr) -> bool:
     if n.op in ("inter", "gram"):  # a row of zeros reads and scores nothing; a carry's lanes are 0 where they are padding
         return bool(n.args[0].dims) and zero_preserving(n.args[0])
     if n.op == "flip":  # columns of padding were scored by rows of zeros
-        return n.args[0].op == "stored"
+        return n.args[0].op == "stored" or any(x.op == "gram" and zero_preserving(x.args[1]) for x in _product(n.args[0]))
     if n.op == "mix":  # what is added up is guarded
         return bool(n.dims) and n.args[0].dims == (COL,) and zero_preserving(n.args[0])
     if n.op in FUNCTIONS and FUNCTIONS[n.op].zero and n.op != "div":
         return all(zero_preserving(a) and a.dims == n.dims for a in n.args)
     return False
+
+
+def _product(weights: Expr) -> list[Expr]:
+    """Lists the factors of weighed pair scores."""
+    return [x for a in weights.args for x in _product(a)] if weights.op in ("weigh", "mul") else [weights]
 
 
 def finite(n: Expr) -> bool:
@@ -57,11 +62,18 @@ def finite(n: Expr) -> bool:
 class Statements:
     """The statements of one kernel body so far, and the tile of every value already printed."""
 
-    def __init__(self, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr], rows: bool = True, rows_end: str = "m_end") -> None:
+    def __init__(
+        self,
+        names: Iterable[tuple[str, Expr]],
+        roots: Iterable[Expr],
+        rows: bool = True,
+        rows_end: str = "m_end",
+        chunked: bool = False,
+    ) -> None:
         self.lines: list[str] = []
         self.tiles: dict[Expr, Tile] = {}
         self.exact: frozenset[str] = frozenset()  # tensors that hold float32 whatever the inputs do
-        self.chunked = rows_end == "m_end"  # whether a program goes from chunk to chunk
+        self.chunked = chunked  # whether a program goes from chunk to chunk
         self.rows = rows  # whether tiles have a token axis (the step kernel has none)
         self.rows_end = rows_end  # the row behind the sequence's last token
         self.used: set[str] = set()
@@ -444,7 +456,8 @@ class Statements:
 
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
         """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""
-        weights, far = self.weights(mix), mix.args[2]
+        turned = mix.args[0].op == "flip" and mix.args[0].args[0].op == "weigh"
+        weights, far = self.tile(mix.args[0].args[0]) if turned else self.weights(mix), mix.args[2]
         if not far.dims:
             text = f"tl.sum({weights.text}, axis=1)"
             if far != E.ONE:
@@ -453,7 +466,8 @@ class Statements:
         axes = self.axes(n)
         base = self.wide(onto) if onto is not None else None
         onto_it = f", {base.text}" if base is not None and base.axes == axes else ""
-        text = f"tl.dot({weights.text}.to(DT), {self.operand(far)}{onto_it}, input_precision=PRECISION)"
+        left = f"tl.trans({weights.text}.to(DT))" if turned else f"{weights.text}.to(DT)"
+        text = f"tl.dot({left}, {self.operand(far)}{onto_it}, input_precision=PRECISION)"
         tile = self.let("b_o", text, self.axes(mix))
         return tile if base is None or onto_it else self.let("b_o", f"{tile.text} + {self.spread(base, axes)}", axes)
 

@@ -328,7 +328,7 @@ class _Module:
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
         grid = {
-            "sweep": f"N * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * NSEG",
+            "sweep": f"N * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * {'NC' if k.parallel else 'NSEG'}",
             "step": f"B * {heads} * NY",
             "tokens": f"B * {heads} * NC" + (" * NY" if k.tile else ""),
             "chunks": f"B * {heads} * NC" + ("" if is_looped(k) else " * NY"),
@@ -336,14 +336,13 @@ class _Module:
         block = f"B{k.tile}_chunk" if k.kind == "chunks" else f"min(64, _block({k.tile}))" if k.kind == "tokens" else f"B{k.tile}"
         tile = f"triton.cdiv({k.tile}, {block})" if k.tile else "1"
         if k.kind == "sweep":
-            lines.append(f"NY = {tile}")
-            if k.holds and not any(h.carry.updated for h in k.holds):  # nothing runs from chunk to chunk
-                lines.append("SEG, NSEG = 1, _rows(T, BT, cu_seqlens)")
+            lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)" if k.parallel else f"NY = {tile}")
             if k in self.plan.borders:
                 args.append("T, HV, G, NY, 1 if cu_seqlens is None else N, T // BT + 1, BT.bit_length() - 1, SEG, NSEG")
             else:
+                rows = "NC, 1" if k.parallel else "NSEG, SEG"
                 marks = ", _rows(T, BT, cu_seqlens)" if any(name.startswith("mark_") for name, _ in p.states) else ""
-                args.append(f"T, HV, G, NY, NSEG, SEG, BT.bit_length() - 1{marks}")
+                args.append(f"T, HV, G, NY, {rows}, BT.bit_length() - 1{', NC' if marks and k.parallel else marks}")
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
             lines += [line for name, s in p.states if name.startswith("next_") for line in self.keep(s, k.tile)]
@@ -370,7 +369,7 @@ class _Module:
         args.append("_DTYPES[dtype], _precision(dtype)" + (", _precision(torch.float32)" if p.exactly else ""))
         flags = ["slots is not None" if k.kind == "step" else "False" if step else "cu_seqlens is not None"]
         if k.kind == "sweep":
-            flags.append(f"{'T' if k in self.plan.borders else 'SEG * BT'} * widest >= 2**31")
+            flags.append(f"{'T' if k in self.plan.borders else 'BT' if k.parallel else 'SEG * BT'} * widest >= 2**31")
             flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states if not name.startswith("mark_")]
         args.append(", ".join(flags))
         assert len(args) == len(p.signature), (k.name, args, p.signature)

@@ -1,9 +1,10 @@
 """Plan: which launches a pass makes, what each holds, loads and stores. No tile sizes (they are a launch's config) and no text.
 
 A *sweep* runs over the chunks of a sequence, forward or reversed, with its carries in registers; one dim (``tile``) is on the grid, all
-others are whole. A *tokens* kernel has no carry: token-wise work before (prepare) or after (finish) the sweeps. Work that changes a
-vector's size runs as torch operations (*torch*), which is a fact of the plan, not of a failure. A *chunks* kernel stores what a
-decay on a whole dim makes of a chunk (pair scores, vectors under decay), looping over that dim; sweeps then need no exponents for it.
+others are whole. Where all carries are kept elsewhere it is *parallel*: a program has one chunk. A *tokens* kernel has no carry:
+token-wise work before (prepare) or after (finish) the sweeps. Work that changes a vector's size runs as torch operations (*torch*),
+which is a fact of the plan, not of a failure. A *chunks* kernel stores what a decay on a whole dim makes of a chunk (pair scores,
+vectors under decay), looping over that dim; sweeps then need no exponents for it.
 
 Who makes it: passes/plan. Who reads it: passes/schedule, emit/, explain.
 """
@@ -55,13 +56,19 @@ class Store:
 class Hold:
     """A carry with the buffers it starts from and ends in ("" for none): initial and final states, or their gradients.
 
-    ``mark`` is the buffer that keeps it as each chunk begins, for the reverse sweep that meets it there (suffix in ir/chunk).
+    ``mark`` is the buffer that keeps it as each chunk begins, for who meets it there (suffix in ir/chunk); of a carry that is read from
+    such a buffer, chunk by chunk, that is the source.
     """
 
     carry: Carry
     source: str
     sink: str
     mark: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Tells whether the carry is read from what was kept as each chunk begins: it needs no registers across chunks."""
+        return self.source.startswith("mark_")
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,18 @@ class Kernel:
         """Returns what tells a pass's sweeps apart: the direction, and the dim on the grid."""
         return self.reverse, self.tile
 
+    @property
+    def parallel(self) -> bool:
+        """Tells whether nothing runs from chunk to chunk: a program has one."""
+        return self.kind == "sweep" and bool(self.holds) and not any(h.carry.updated for h in self.holds)
+
     def map(self, f: Callable[[Expr], Expr]) -> Kernel:
         """Returns the kernel with ``f`` applied to every value."""
         holds = tuple(replace(h, carry=h.carry.map(f)) for h in self.holds)
         return replace(self, stores=tuple(replace(s, value=f(s.value)) for s in self.stores), holds=holds)
 
     def __str__(self) -> str:
-        way = "reverse " if self.reverse else ""
+        way = "reverse " if self.reverse else "parallel " if self.parallel else ""
         where = (f", {self.tile} on the grid" if self.tile else "") + (f", a role of {self.launch}" if self.launch else "")
         lines = [f"{self.name}: {way}{self.kind}{where}   # {self.why}"]
         lines += [f"    hold  {h.carry}" + (", marked" if h.mark else "") for h in self.holds]
@@ -148,7 +160,8 @@ def _made(kernels: tuple[Kernel, ...], given: set[str]) -> set[str]:
             assert n.name in made | given, f"{k.name} loads {n.name}, which no earlier launch stored"
             beside = [x.name for x in kernels if k.launch and x.launch == k.launch and n.name in {s.buffer.name for s in x.stores}]
             assert not beside, f"{k.name} loads {n.name}, which {beside[0]} stores at the same time"
-        for name in (s for v in k.values for n in reads(v, "suffix") for s, _ in closings(n)):
+        met = [s for v in k.values for n in reads(v, "suffix") for s, _ in closings(n)]
+        for name in (*met, *(h.carry.state for h in k.holds if h.met)):
             assert f"mark_{name}" in made, f"{k.name} meets {name}, which no earlier launch kept"
         assert all(s.buffer.partial in ("", k.tile) for s in k.stores), f"{k.name}: shares of a dim that is not on its grid"
         assert all(h.carry.y in (k.tile, "") for h in k.holds), f"{k.name}: a carry that is not tiled along {k.tile}"

@@ -9,6 +9,7 @@ import networkx as nx
 
 from lagen.ir.expr import reads
 from lagen.ir.plan import Kernel
+from lagen.ir.recurrence import closings
 
 
 def _needs(kernels: Sequence[Kernel]) -> nx.DiGraph:
@@ -18,8 +19,11 @@ def _needs(kernels: Sequence[Kernel]) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_nodes_from(unit.values())
     makers = {s.buffer.name: unit[i] for i, k in enumerate(kernels) for s in k.stores}
+    makers |= {h.mark: unit[i] for i, k in enumerate(kernels) for h in k.holds if h.mark}
     for i, k in enumerate(kernels):
-        graph.add_edges_from((makers[n.name], unit[i]) for v in k.values for n in reads(v, "stored") if n.name in makers)
+        needed = [n.name for v in k.values for n in reads(v, "stored")] + [h.source for h in k.holds]
+        needed += [f"mark_{s}" for v in k.values for n in reads(v, "suffix") for s, _ in closings(n)]
+        graph.add_edges_from((makers[name], unit[i]) for name in needed if name in makers)
     return graph
 
 

@@ -6,7 +6,9 @@ Rules, none of them about a variant:
     which values cross memory (passes/cut).
  3. A result whose readouts live in one sweep, and that sums over no tiled dim, is stored by that sweep. Otherwise the sweeps store the
     largest pieces they can compute (sums over the tiled dim as partial sums) and a finish kernel does the rest.
- 4. Pair scores whose decay rides on the contracted dim cost log2(C) matmuls: they are stored once and loaded by every tile.
+ 4. Where a solved value needs a reverse sweep of its own, a tile that would be swept both ways is not swept again: all states are kept as
+    each chunk begins, and one kernel, parallel over chunks, reads both directions from what was kept.
+ 5. Pair scores whose decay rides on the contracted dim cost log2(C) matmuls: they are stored once and loaded by every tile.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.simplify import factor, simplify
 from lagen.passes.spans import split_spans
 from lagen.passes.stages import Stage, stages, unswept
+from lagen.passes.turn import turn
 from lagen.passes.whole_decay import load, others, stored, take_inverses, take_out
 
 CORE = ("readout", "suffix")
-Key = tuple[bool, str]
-"""A sweep: reversed or not, and the dim on the grid."""
+Key = tuple[int, str]
+"""A sweep: reversed or not, or MET, and the dim on the grid."""
+REVERSE, MET = 1, 2
+"""MET: what needs states of both directions, each kept as its chunk begins: nothing runs from chunk to chunk any more."""
 
 
 def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
@@ -227,7 +232,7 @@ class _Pass:
         self.finish: list[Store] = []
         self.home: dict[Expr, Key] = {}
         self.temps: dict[Expr, Expr] = {}
-        self.marks: dict[str, Key] = {}  # states that reverse sweeps meet, each with the forward sweep that keeps it for them
+        self.marks: dict[str, Key] = {}  # states that are kept as each chunk begins, each with the sweep that keeps it
         self.solved = {u.leaf: s for s in states for u in s.solves}
         self.head = head
 
@@ -281,6 +286,7 @@ class _Pass:
             state, x = self.states[n.name], n.attr("dim")
             fits = [k for k in self.home.values() if k[0] == state.reverse and k[1] != x]
             self.home[n] = fits[0] if fits else (state.reverse, "")
+        self.meet()
         for n in cores:
             if n.op == "suffix":
                 homes = {self.home[r] for a in n.args for r in E.reads(a, "readout") if self.home[r][0]}
@@ -292,6 +298,17 @@ class _Pass:
                 self.home[n] = homes.pop()
         for key in dict.fromkeys(self.home.values()):
             self.sweeps.setdefault(key, [])
+
+    def meet(self) -> None:
+        """Reads the tiles that would be swept both ways from states that are kept, where another tile is swept to solve."""
+        solving = {leaf.dims[0] for leaf, s in self.solved.items() if s.reverse}
+        ways = set(self.home.values())
+        both = {tile for _, tile in ways if tile not in solving and {(False, tile), (True, tile)} <= ways} if solving else set()
+        self.home = {n: (MET, key[1]) if key[1] in both else key for n, key in self.home.items()}
+        for n, key in self.home.items():
+            if key[0] == MET and n.attr("at") != "all":
+                swept = [k for m, k in self.home.items() if m.name == n.name and m.op == "readout" and k[0] != MET]
+                self.marks.setdefault(n.name, (swept or [(self.states[n.name].reverse, key[1])])[0])
 
     def keys(self, e: Expr) -> set[Key]:
         """Returns the sweeps whose results ``e`` uses."""
@@ -384,7 +401,7 @@ class _Pass:
             rows = loaded or any(self.states[s].decay_on(key[1]) for s in states)
             if not loaded:
                 reads = reads if rows else Expr("spans", (reads,), dims=n.dims, head=n.head, token=True)
-                reads = self.store(reads, self.side(reads, key), "float32")
+                reads = reads if self.side(reads, key) == key else self.store(reads, self.side(reads, key), "float32")
             attrs = (("reads", "rows" if rows else "spans"), *n.attrs)
             return Expr("suffix", (reads, writes), dims=n.dims, head=n.head, token=True, attrs=attrs)
 
@@ -455,12 +472,12 @@ class _Pass:
             stores = self.sweeps.get(key, [])
             if part != "whole":
                 stores = [s for s in stores if (s.value in self.solved) == solving]
-            reverse, tile = key
+            (way, tile), met = key, key[0] == MET
             reads = {r for leaf, s in self.solved.items() if self.home[leaf] == key for u in s.solves for r in u.reads}
             carries: dict[tuple[str, str], Carry] = {}
             for n in dict.fromkeys(n for n, k in self.home.items() if k == key and n.op == "readout" and (part != "solve" or n in reads)):
                 state = self.states[n.name]
-                updated = n.attr("at") != "all"
+                updated = n.attr("at") != "all" and not met
                 carries[n.name, n.attr("dim")] = carry_of(state, n.attr("dim"), updated)
             marked = [name for name, k in self.marks.items() if k == key and part != "solve"]
             for name in marked:  # a suffix sum meets the carry though nothing reads it
@@ -475,20 +492,21 @@ class _Pass:
 
             holds = []
             for c in carries.values():
-                source, sink = ends[c.state] if c.updated else (f"total_{c.state}", "")
+                kept = f"mark_{c.state}" if self.states[c.state].causal else f"total_{c.state}"
+                source, sink = ends[c.state] if c.updated else (kept, "")
                 holds.append(Hold(c.map(lower), source, "" if c.state in sunk else sink, f"mark_{c.state}" if c.state in marked else ""))
-                sunk.add(c.state)
-            way = ("rev" if reverse else "fwd") + ("_solve" if part == "solve" else "")
-            out.append(
-                Kernel(
-                    f"{self.name}_{way}_{tile or 'all'}".lower(),
-                    "sweep",
-                    # numbers before vectors: a sum over a vector is taken while it is there, and what is added to it later goes in place
-                    tuple(replace(s, value=split_spans(merge(lower(s.value)))) for s in sorted(stores, key=lambda s: len(s.value.dims))),
-                    f"readouts that keep {tile or 'nothing'}, {'reversed' if reverse else 'in order'}",
-                    tile,
-                    reverse,
-                    tuple(holds),
-                )
+                if c.updated:
+                    sunk.add(c.state)
+            name = ("fwd", "rev", "met")[way] + ("_solve" if part == "solve" else "")
+            made = Kernel(
+                f"{self.name}_{name}_{tile or 'all'}".lower(),
+                "sweep",
+                # numbers before vectors: a sum over a vector is taken while it is there, and what is added to it later goes in place
+                tuple(replace(s, value=split_spans(merge(lower(s.value)))) for s in sorted(stores, key=lambda s: len(s.value.dims))),
+                f"readouts that keep {tile or 'nothing'}, {('in order', 'reversed', 'chunk by chunk')[way]}",
+                tile,
+                way == REVERSE,
+                tuple(holds),
             )
+            out.append(turn(made) if met else made)
         return tuple(out)

@@ -30,7 +30,7 @@ def widest_tile(k: Kernel) -> int:
     operands = {n for n in walk(*k.values) if n.op in ("input", "stored") and n.dims}
     if k.kind == "chunks":  # pair sums of both kinds of read keep two sets of exponents
         return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op == "mix"}) <= 1 else 16
-    matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds)
+    matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds if not h.met)
     values = len({n for n in walk(*k.values) if n.dims and n.token})
     if k.kind == "sweep" and not matrices and values > _VALUES:  # vector states alone: all that a token computes is alive at once
         return 32 if values <= 2 * _VALUES else 16
@@ -112,4 +112,5 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
 
 def _held(k: Kernel, sizes: Mapping[str, int]) -> int:
     """Returns how many floats of matrix states a kernel holds for each place of its tile."""
-    return sum(math.prod(sizes[d] for d in (h.carry.x, h.carry.y) if d != k.tile) for h in k.holds if h.carry.x and h.carry.y)
+    held = [h.carry for h in k.holds if not h.met and h.carry.x and h.carry.y]
+    return sum(math.prod(sizes[d] for d in (c.x, c.y) if d != k.tile) for c in held)

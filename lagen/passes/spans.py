@@ -24,7 +24,7 @@ def split_spans(root: Expr) -> Expr:
         elif n.op == "suffix":
             reads, writes = n.args
             rest = _without(writes, "inter", "carry") if n.dims else writes
-            args = (reads, _without(writes, "mix"), rest)
+            args = (split_spans(reads), _without(writes, "mix"), rest)
         else:
             return None
         return Expr(n.op, args, dims=n.dims, head=n.head, token=True, attrs=n.attrs)

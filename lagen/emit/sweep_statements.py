@@ -1,0 +1,48 @@
+"""Statements of a sweep: those of a chunk, and what lives across chunks or meets there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lagen.emit.peaks import peak_tile
+from lagen.emit.statements import Statements, Tile, finite
+from lagen.ir.chunk import COL, ROW
+from lagen.ir.expr import Expr
+from lagen.ir.plan import Kernel
+
+
+class SweepStatements(Statements):
+    """Statements of a sweep: those of a chunk, and what lives across chunks."""
+
+    def __init__(self, kernel: Kernel, names: Iterable[tuple[str, Expr]], roots: Iterable[Expr]) -> None:
+        super().__init__(names, roots, chunked=not kernel.parallel)
+        self.kernel = kernel
+        self.meetings: dict[Expr, str] = {}  # of a suffix sum: the pairs around the chunk
+
+    def make_spans(self, n: Expr) -> Tile:
+        """Prints for every token the pairs that it lies between, as far as readers and their chunk give them."""
+        self.prelude.add("lg_spans")
+        total, carried = self.wide(n.args[0]), self.guarded(n.args[1])
+        texts = []
+        for weight, pairs, meeting in zip(n.args[2::3], n.args[3::3], n.args[4::3], strict=True):
+            weights = self.weights(Expr("mix", (weight, pairs), token=True))
+            texts.append(f"{weights.text} * {self.spread(self.wide(meeting), (ROW, COL))}")
+        text = " + ".join(texts)
+        if not all(map(finite, n.args[2:])):
+            text = f"tl.where(m_t[:, None], {text}, 0.0)"
+        met = self.let("b_M", text, (ROW, COL))
+        return self.let("b_spans", f"lg_spans({total.text}, {carried.text}, {met.text}, BT, DT, PRECISION)", (ROW,))
+
+    def make_peak(self, n: Expr) -> Tile:
+        """Prints a running maximum at every token."""
+        return peak_tile(self, n)
+
+    def make_suffix(self, n: Expr) -> Tile:
+        """Prints a log-decay's gradient: what readers give, what the chunk's writers gave those after it, what spans the chunk."""
+        far, axes = self.meetings[n], (ROW, *n.dims)
+        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.guarded(n.args[2])
+        device = "lg_suffix_rows" if n.dims else "lg_suffix"
+        self.prelude.add(device)
+        sides = ", ".join([*(self.spread(x, axes) for x in (reads, carried, rest)), self.spread(Tile(far, n.dims), axes)])
+        flags = "BT, DT, PRECISION" if n.dims else f"BT, {'DT == tl.float32' if n.attr('reads') == 'spans' else 'False'}"
+        return self.let("b_dg", f"{device}({sides}, {flags})", axes)

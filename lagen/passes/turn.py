@@ -1,0 +1,58 @@
+"""Turns pair weights: where a kernel reads both directions, what a later token reads of an earlier one is what the earlier one gives it.
+
+The weights of a reverse readout are those of a forward one with rows and columns exchanged, but for numbers of the reader, which go to
+the vectors that it mixes. So one table of scores and decays serves both, transposed on its way into the second matmul.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from lagen.ir import expr as E
+from lagen.ir.chunk import COL
+from lagen.ir.expr import Expr, walk
+from lagen.ir.plan import Kernel
+
+
+def turn(kernel: Kernel) -> Kernel:
+    """Rewrites the reverse pair sums of ``kernel`` over the weights of its forward ones, where those are the same pairs."""
+    mixes = [n for n in dict.fromkeys(walk(*kernel.values)) if n.op == "mix" and len(n.args) == 3 and n.args[2].dims]
+    ahead = [n for n in mixes if n.args[1].op == "pairs" and n.args[1].attr("reverse") == "0"]
+
+    def rule(n: Expr) -> Expr | None:
+        if n not in mixes or n.args[1].op != "pairs" or n.args[1].attr("reverse") == "0":
+            return None
+        weights, pairs, far = n.args
+        way = tuple((k, "0" if k == "reverse" else v) for k, v in pairs.attrs)
+        turned = Counter(f for a in _factors(weights) for f in _factors(_turned(a)))
+        for m in ahead:
+            rest = turned - Counter(_factors(m.args[0]))
+            if m.args[1] == replace(pairs, attrs=way, _hash=0) and rest + Counter(_factors(m.args[0])) == turned and _numbers(rest):
+                table = Expr("weigh", m.args[:2], dims=(COL,), token=True)
+                flipped = Expr("flip", (table,), dims=(COL,), token=True)
+                return replace(n, args=(flipped, E.ONE, E.mul(*rest.elements(), E.rewrite(far, rule))), _hash=0)
+        return None
+
+    return kernel.map(lambda e: E.rewrite(e, rule))
+
+
+def _factors(weights: Expr) -> list[Expr]:
+    """Takes a product of scores and numbers apart."""
+    if weights.op == "mul":
+        return [f for a in weights.args for f in _factors(a)]
+    return [E.const(-1.0), *_factors(weights.args[0])] if weights.op == "neg" else [weights]
+
+
+def _turned(factor: Expr) -> Expr:
+    """Exchanges rows and columns of a factor of pair weights."""
+    if factor.op == "gram" and len(factor.args) == 2:
+        return replace(factor, args=factor.args[::-1], _hash=0)
+    if factor.op == "col":
+        return factor.args[0]
+    return Expr("col", (factor,), dims=(COL,), token=True) if factor.token and not factor.dims else factor
+
+
+def _numbers(rest: Counter[Expr]) -> bool:
+    """Tells whether what is left are numbers of a row."""
+    return all(not f.dims for f in rest)
