@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lagen.bench_peers import LIBRARIES, Peer, peer_of
-from lagen.emit.cpp_plan import Fallback, Program, Sweep, plan_backward, plan_forward
+from lagen.emit.cpp_fit import Fallback
+from lagen.emit.cpp_plan import Program, Sweep, plan_backward, plan_forward
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate

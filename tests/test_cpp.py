@@ -18,7 +18,8 @@ from torch import Tensor
 import lagen
 from lagen import data
 from lagen.emit.cpp import fallback, render_cpp, whole
-from lagen.emit.cpp_plan import Fallback, Sweep, plan_backward, plan_forward, split_dim
+from lagen.emit.cpp_fit import Fallback
+from lagen.emit.cpp_plan import Sweep, plan_backward, plan_forward, split_dim
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
 from lagen.passes.simplify import simplify
@@ -32,6 +33,15 @@ from lagen.verify.oracle import oracle
 pytestmark = pytest.mark.skipif(not cpp.compilers(), reason="no C++ compiler")
 Tensors = tuple[Tensor, ...]
 SPECS = ("simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "based", "efficient_attention", "gated_deltanet", "rwkv7")
+SPECS = (*SPECS, "performer", "gated_rfa")  # with a param of two dims
+MIXED = """
+name: mixed
+inputs: {q: [H, M], k: [H, K], v: [H, V]}
+params: {W: [K, M]}
+recurrence:
+  S: S[t-1] + outer(k @ exp(W), v)
+  o: q @ S[t]
+"""
 BY_VALUE = """
 name: by_value
 inputs: {q: [H, K], k: [H, K], v: [HV, V], gk: [H, K], gv: [HV, V], g: [HV]}
@@ -114,6 +124,13 @@ def test_agrees_with_the_oracle_at_every_length(name: str, time: int) -> None:
 )
 @pytest.mark.parametrize("name", ["gla", "by_value"])
 def test_any_size_of_state(name: str, dims: dict[str, int]) -> None:
+    op, variant = loaded(name)
+    agree(op, variant, make(variant, Extent(37, dims=tuple(dims.items())), carried=True))
+
+
+@pytest.mark.parametrize("dims", [{"K": 64, "V": 64, "M": 64}, {"K": 33, "V": 17, "M": 70}], ids=str)
+@pytest.mark.parametrize("name", ["performer", "gated_rfa"])
+def test_a_param_of_two_dims_of_any_size(name: str, dims: dict[str, int]) -> None:
     op, variant = loaded(name)
     agree(op, variant, make(variant, Extent(37, dims=tuple(dims.items())), carried=True))
 
@@ -343,7 +360,7 @@ def test_what_is_built_ahead_is_what_the_operator_loads() -> None:
     op, variant = loaded("simple_gla")
     served = op.backends["cpp"].forward.__self__  # type: ignore[attr-defined]
     assert prebuild(variant) == cpp.build(served.source, variant.name)
-    told = prebuild(read(data.spec("performer")))
+    told = prebuild(read_text(MIXED, "mixed.yaml"))
     assert isinstance(told, cpp.Missing) and "W" in told.reason
 
 
@@ -392,7 +409,7 @@ def test_two_renders_give_the_same_bytes() -> None:
 
 
 def test_what_the_fast_form_cannot_carry_is_a_fact_with_a_reason() -> None:
-    recurrence, adjoint = compiled(data.spec("performer").read_text())
+    recurrence, adjoint = compiled(MIXED)
     told = render_cpp(recurrence, adjoint)
     assert isinstance(told, Fallback) and (told.reason,) * 2 == fallback(recurrence, adjoint) and "W" in told.reason
 

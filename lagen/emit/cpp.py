@@ -10,7 +10,8 @@ import jinja2
 
 from lagen import data
 from lagen.emit.cpp_direction import print_direction
-from lagen.emit.cpp_plan import EVERY, Fallback, Program, Sweep, plan_backward, plan_forward, split_dim
+from lagen.emit.cpp_fit import Fallback
+from lagen.emit.cpp_plan import EVERY, Program, Sweep, plan_backward, plan_forward, split_dim
 from lagen.ir.expr import Expr, number
 from lagen.ir.recurrence import Adjoint, Recurrence
 
@@ -20,7 +21,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
     forward, backward = plan_forward(recurrence), plan_backward(adjoint)
     if isinstance(forward, Fallback):
         return forward
-    present = [] if isinstance(backward, Fallback) else [n for n, _ in backward.sinks]
+    present = [] if isinstance(backward, Fallback) else [n for n, *_ in (*backward.sinks, *(o for p in backward.passes for o in p.outers))]
     directions = [print_direction(recurrence, forward, "forward")]
     if not isinstance(backward, Fallback):
         directions.append(print_direction(recurrence, backward, "backward"))

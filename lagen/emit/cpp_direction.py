@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lagen.emit.cpp_plan import POST, REDUCTIONS, Loop, Pass, Program, Resize, Step, Suffix, Sweep
+from lagen.emit.cpp_fit import REDUCTIONS
+from lagen.emit.cpp_plan import POST, Loop, Pass, Program, Resize, Step, Suffix, Sweep
 from lagen.emit.cpp_scan import dense_sweep
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr
@@ -105,7 +106,7 @@ class _Printer:
         self.name_all()
         self.stored = self.find_stored()
         kept = set(program.kept)
-        members, built = [], []
+        members, built, start = list[str](), list[str](), list[str]()
         for node in self.arrays():
             dim = (node.dims or ("",))[0]
             rows = "(z.T + 2 * TILE)" if node in kept else "TILE" if node.token else "1"
@@ -122,13 +123,17 @@ class _Printer:
             dim = (self.sums()[name].dims or ("",))[0]
             members.append(f"double* {name};")
             built.append(f"{name} = a.doubles({_pad(dim)});")
+        for name, length in self.matrices().items():
+            members.append(f"float* sum_d{name}_;")
+            built.append(f"sum_d{name}_ = a.floats({length});")
+            start.append(f"memset(w.sum_d{name}_, 0, 4 * {length});")
         for s in dict.fromkeys(m.first for m in program.meetings):
             members.append(f"float* kept_{s.label};  // what {s.label} is before every KEPT-th token")
             built.append(f"kept_{s.label} = a.floats(keeps(z.T) * {_cells(s)});")
         met = {f"met_{self.names[m.suffix]}": (m.suffix.dims or ("",))[0] for m in program.meetings}
         members += [f"double* {name};" for name in met]
         built += [f"{name} = a.doubles(keeps(z.T) * {_pad(dim)});" for name, dim in met.items()]
-        start = [f"memset(w.{name}, 0, 8 * {_pad((e.dims or ('',))[0])});" for name, e in self.sums().items()]
+        start += [f"memset(w.{name}, 0, 8 * {_pad((e.dims or ('',))[0])});" for name, e in self.sums().items()]
         start += [f"memset(w.{name}, 0, 8 * keeps(z.T) * {_pad(dim)});" for name, dim in met.items()]
         start += [self.load_param(n) for n in program.params]
         for step in program.once:
@@ -175,6 +180,7 @@ class _Printer:
         out = {n for _, s in self.steps() if isinstance(s, Sweep) for r in s.makes for n in (r, *r.args)}
         out |= {x for _, s in self.steps() if isinstance(s, Sweep) for x in s.operands}
         out |= {e for _, e in self.program.sinks} | set(self.program.kept)
+        out |= {x for p in self.program.passes for _, *pair in p.outers for x in pair}
         for _, s in self.steps():
             if isinstance(s, Loop):
                 inner = set(s.nodes)
@@ -210,6 +216,11 @@ class _Printer:
         if self.direction == "backward":
             out |= {f"sum_d{n}_": e for n, e in self.program.sinks if n in params}
         return out
+
+    def matrices(self) -> dict[str, str]:
+        """Pairs the params with two dims that get a gradient with how many floats it takes in memory: rows, and lanes rounded up."""
+        found = {o[0]: o for p in self.program.passes for o in p.outers}
+        return {name: f"{_size(row.dims[0])} * {_pad(lane.dims[0])}" for name, row, lane in found.values()}
 
     def where(self, node: Expr) -> str:
         """Prints the pointer to a node's array in this tile."""
@@ -274,6 +285,9 @@ class _Printer:
             else:
                 outputs.append((self.sink(name), dim))
                 body.append(f"store({self.sink(name)}, b, t0, h, {self.operand(e)}, n, {_size(dim)});")
+        for name, first, second in p.outers:
+            pair = f"{self.operand(first)}, {self.operand(second)}"
+            body.append(f"gather_outer(w.sum_d{name}_, {pair}, n, {_size(first.dims[0])}, {_pad(second.dims[0])});")
         ahead = [f"ahead.add(c.{n.name}_, b, next, h, more, {_size((n.dims or ('',))[0])});" for n in p.loads if n.op == "input"]
         ahead += [f"ahead.add({target}, b, next, h, more, {_size(dim)});" for target, dim in outputs]
         closed = list(dict.fromkeys(s.state.name for _, s, _ in p.closings))
@@ -339,6 +353,10 @@ class _Printer:
         for name, e in self.program.sinks:
             if name in params:
                 out.append(f"store_sum(c.d{name}_, b, h, w.sum_d{name}_, {_size((e.dims or ('',))[0])});")
+        for t in self.recurrence.params:
+            if t.name in self.matrices():
+                sizes = f"{_size(t.dims[0])}, {_size(t.dims[1])}, {_pad(t.dims[1])}"
+                out.append(f"store_outer(c.d{t.name}_, b, h, w.sum_d{t.name}_, {sizes});")
         return out
 
     # ---- steps
@@ -443,6 +461,9 @@ class _Printer:
             call = f"part({to}, {_pad(dim)}, {rows[0]}, {_size(dim)});"
         elif n.op in ("taylor2", "quad"):
             call = f"{n.op}({to}, {_pad(dim)}, {_size(dim)}, {rows[0]}, {sizes[0]});"
+        elif n.op == "product":
+            x, w = n.args
+            return [f"product({self.operand(n)}, {self.operand(x)}, {self.where(w)}, {'1' if once else 'n'}, {sizes[0]}, {_pad(dim)});"]
         else:
             call = f"{n.op}({to}, {_pad(dim)}, {rows[0]}, {rows[1]}, {sizes[1]});"
         return [f"for (long i = 0; i < {'1' if once else 'n'}; ++i) {call}"]

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lagen.emit.cpp_scan import Elements, elements, unprinted
+from lagen.emit.cpp_fit import LEAVES, REDUCTIONS, RESIZES, Fallback, outers, unfit
+from lagen.emit.cpp_scan import Elements, elements
 from lagen.ir import expr as E
-from lagen.ir.expr import HEADS, ONE, Expr, walk
+from lagen.ir.expr import ONE, Expr, walk
 from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, closings, readout
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.tunable import AtMost, Tunable, Tunables
@@ -22,19 +23,9 @@ from lagen.ir.variant import Tensor
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 
-REDUCTIONS = ("sum", "mean", "rowmax", "contract")
-RESIZES = ("concat", "part", "rename", "taylor2", "quad", "untaylor2", "unquad")
-LEAVES = ("input", "param", "const", "size", "scale", "follows")
 LOADED = ("input", "lead", "follows")  # read from a row of the caller's or of an earlier pass
 POST = ("now", "since")
 EVERY, OFTEN = 64, 16  # tokens from one state that meets another to the next
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """Says why a variant runs through the torch evaluation on the CPU and not through generated C++."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Resize:
-    """A value whose lanes are not its operands': concat, part, rename, taylor2, quad and their adjoints."""
+    """A value whose lanes are not its operands': concat, part, rename, taylor2, quad and their adjoints, and a row times a param."""
 
     node: Expr
 
@@ -102,13 +93,17 @@ Step = Loop | Sweep | Resize | Suffix
 
 @dataclass(frozen=True)
 class Pass:
-    """All tokens, once. ``loads`` are the inputs it reads, ``stores`` the sinks it fills, ``closings`` the suffixes it closes."""
+    """All tokens, once. ``loads`` are the inputs it reads, ``stores`` the sinks it fills, ``closings`` the suffixes it closes.
+
+    ``outers`` are added up over its tokens: the gradient of a param with two dims, on its first dim and on its second.
+    """
 
     reverse: bool
     loads: tuple[Expr, ...]
     steps: tuple[Step, ...]
     stores: tuple[tuple[str, Expr], ...]
     closings: tuple[tuple[Expr, Sweep, int], ...]  # suffix, the sweep of a state it covers, which of the sweep's decays
+    outers: tuple[tuple[str, Expr, Expr], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,56 +189,8 @@ def plan_backward(adjoint: Adjoint) -> Program | Fallback:
 def _plan(
     recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]
 ) -> Program | Fallback:
-    reason = _unfit(recurrence, states, [e for _, e in sinks])
+    reason = unfit(recurrence, states, [e for _, e in sinks])
     return Fallback(reason) if reason else _Planner(recurrence, states, sinks, ends).program()
-
-
-def _unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr]) -> str:
-    """Returns what the fast form cannot carry, or nothing."""
-    by_name = {s.name: s for s in states}
-    known = {
-        *FUNCTIONS,
-        *LEAVES,
-        *REDUCTIONS,
-        *RESIZES,
-        "pow",
-        "expand",
-        "softmax",
-        "l2norm",
-        "rmsnorm",
-        "lead",
-        "readout",
-        "suffix",
-        "solved",
-    }
-    bodies = [x for s in states for x in (*s.operands, *(x for w in s.writes for x in (w.row, w.col))) if len(x.dims) < 2]
-    for g in (g for s in states for g in s.decay if s.dense):
-        if reason := unprinted(g):
-            return reason
-        bodies += [n for n in walk(g) if len(n.dims) < 2]
-    for n in walk(*roots, *bodies):
-        if n.op == "readout" and len(by_name[n.name].dims) > 1 and n.attr("dim") == "":
-            return f"{n.name} is read element by element"
-        if n.op not in known:
-            return f"'{n.op}' has no form in C++ yet"
-        if len(n.dims) > 1:
-            return f"{n} has two dims a token"
-    for s in states:
-        inclusive = any(n.op == "readout" and n.name == s.name and n.attr("at") == "since" for n in walk(*roots))
-        if inclusive and any(not w.decayed for w in s.writes):
-            return f"{s.name} is read inclusively beside an undecayed write"
-    for s in states:
-        if any(g.dims == u.leaf.dims for u in s.solves for g in s.decay):
-            return f"{s.name} is corrected under a decay on the dim that the correction keeps"
-    peaks = [s.name for s in recurrence.states if s.peak]
-    if peaks and any(n.op == "suffix" for n in walk(*roots)):
-        return f"what comes back to the peak {peaks[0]} through sums over tokens cancels, and float32 would leave its rounding"
-    heads = {e.head for _, e in recurrence.outputs}
-    if len(heads) > 1:
-        return "outputs stand on different heads"
-    if max((t.head for t in recurrence.inputs + recurrence.params), key=HEADS.index) not in heads:
-        return "an input stands on a wider head than the outputs"
-    return ""
 
 
 class _Planner:
@@ -260,7 +207,12 @@ class _Planner:
         self.lowered: dict[Expr, Expr] = {}
         self.pure: dict[Expr, bool] = {}
         self.states = {s.name: self.lower_state(s) for s in states}
-        self.sinks = tuple((n, _row(self.lower(e), e.dims, token=True)) for n, e in sinks)
+        self.sinks = tuple((n, _row(self.lower(e), e.dims, token=True)) for n, e in sinks if len(e.dims) < 2)
+        order = {t.name: t.dims for t in recurrence.params}
+        self.outers: list[tuple[str, Expr, Expr]] = []
+        for n, a, b in ((n, a, b) for n, e in sinks if len(e.dims) > 1 for a, b in outers(e)):
+            first, second = sorted((_row(self.lower(x), x.dims, token=True) for x in (a, b)), key=lambda x: order[n].index(x.dims[0]))
+            self.outers.append((n, first, second))
         self.ends = tuple(s.name for s in ends)
         self.levels: dict[Expr, int] = {}
         self.sweeps: dict[tuple[str, str, int], list[Expr]] = {}
@@ -281,6 +233,10 @@ class _Planner:
             covered = self.raw[n.attr("states").split()[0]]
             gate = next(g for g in covered.decay if g.dims == n.dims)
             return replace(n, args=(*(self.lower(a) for a in n.args), E.call("exp", self.lower(gate))))
+        if n.op == "contract" and any(len(a.dims) > 1 for a in n.args):
+            x, w = sorted(n.args, key=lambda a: len(a.dims))
+            flat = Expr("param", name=w.name, dims=(f"{n.dims[0]}|{n.attr('dim')}",), head=w.head)
+            return replace(n, op="product", args=(self.lower(x), flat))
         if n.op == "lead":
             return push_leads(E.lead(self.lower(n.args[0])), self.stored)
         if n.op != "readout" or len(self.states[n.name].dims) > 1:
@@ -351,7 +307,7 @@ class _Planner:
         """Lists every node that the sinks and the ends of the states need, through the bodies of the states they read."""
         seen: set[Expr] = set()
         found: list[Expr] = []
-        waiting = [e for _, e in self.sinks]
+        waiting = [*(e for _, e in self.sinks), *(x for _, *pair in self.outers for x in pair)]
         names = list(self.ends)
         done: set[str] = set()
         while waiting or names:
@@ -416,7 +372,8 @@ class _Planner:
             if n.op == "suffix"
             for name in n.attr("states").split()
         ]
-        top = max([self.level(e) for _, e in self.sinks] + [s.level for s in self.made.values()])
+        behind = [(max(self.level(row), self.level(lane)), (name, row, lane)) for name, row, lane in self.outers]
+        top = max([self.level(e) for _, e in self.sinks] + [s.level for s in self.made.values()] + [level for level, _ in behind])
         kept: dict[Expr, None] = {}
         passes: list[Pass] = []
         constants: dict[Expr, None] = {}
@@ -424,12 +381,13 @@ class _Planner:
             stores = tuple((name, e) for name, e in self.sinks if self.level(e) == level)
             sweeps = [s for s in self.made.values() if s.level == level]
             wanted = [e for _, e in stores] + [n for n in kept if self.level(n) == level]
-            wanted += [x for s in sweeps for x in s.operands]
+            added = tuple(o for at, o in behind if at == level)
+            wanted += [x for s in sweeps for x in s.operands] + [x for _, *pair in added for x in pair]
             needed, loads = self.needed(wanted, level, kept, constants)
-            if needed or sweeps or stores:
+            if needed or sweeps or stores or added:
                 steps = schedule(needed, sweeps)
                 here = tuple(c for c in closed if c[1].level == level)
-                passes.append(Pass(bool(level % 2), loads, steps, stores, here))
+                passes.append(Pass(bool(level % 2), loads, steps, stores, here, added))
         once = [n for n in constants if n.op not in LEAVES]
         params = tuple(n for n in constants if n.op == "param")
         own = {t.name for t in self.params}

@@ -15,7 +15,7 @@ import jinja2
 
 from lagen import __version__, data
 from lagen.emit.cpp import fallback, render_cpp, render_sweeps
-from lagen.emit.cpp_plan import Fallback
+from lagen.emit.cpp_fit import Fallback
 from lagen.emit.torch import render_torch
 from lagen.emit.triton import render_triton
 from lagen.ir.expr import Expr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lagen.emit.cpp import render_cpp, whole
-from lagen.emit.cpp_plan import Fallback
+from lagen.emit.cpp_fit import Fallback
 from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate

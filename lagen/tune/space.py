@@ -6,7 +6,8 @@ import os
 
 from optuna.distributions import CategoricalDistribution
 
-from lagen.emit.cpp_plan import Fallback, plan_backward, plan_forward
+from lagen.emit.cpp_fit import Fallback
+from lagen.emit.cpp_plan import plan_backward, plan_forward
 from lagen.emit.cpp_plan import tunables as cpp_tunables
 from lagen.emit.render import kernels_of
 from lagen.ir.tunable import Config, Tunables
