@@ -56,6 +56,16 @@ SPECS = {  # inputs, init, recurrence
         "",
         "S: (1 - outer(sigmoid(dt), sigmoid(x))) * S[t-1] + outer(B, x); o: C @ S[t]",
     ),
+    "dense_of_heads_and_a_matrix_a_token": (
+        "x: [HV, V]; k: [H, K]; q: [H, K]; g: [H, K, V]",
+        "",
+        "S: sigmoid(g) * S[t-1] + outer(k, x); o: silu(q @ S[t]); p: x @ S[t-1]",
+    ),
+    "dense_that_a_vector_reads": (
+        "x: [E]; B: [N]; f: [E]; a: [N]",
+        "",
+        "S: exp(-outer(softplus(x), softplus(a))) * S[t-1] + outer(x, B); h: sigmoid(f) * h[t-1] + tanh(S[t] @ B); o: h[t]",
+    ),
     "peak_that_is_read": ("x: [D]; a: [D]", "m: -3.0", "m: max(m[t-1] - softplus(a), x); o: tanh(m[t]) + m[t-1]"),
     "peak_of_a_head": (
         f"{KV}; i: [H]; f: [H]",
@@ -89,8 +99,11 @@ def test_the_recurrence_and_every_gradient(name: str, backend: str | None) -> No
     assert all(r.ok for r in laws.check(op, variant, backend, laws=("steps", "segments")))
 
 
-@pytest.mark.parametrize("name", ["stages_of_two_heads", "written_by_the_past", "normalised_by_a_vector", "three_stages"])
-def test_stages_in_kernels(name: str) -> None:
+IN_KERNELS = ("stages_of_two_heads", "written_by_the_past", "normalised_by_a_vector", "three_stages")
+
+
+@pytest.mark.parametrize("name", [*IN_KERNELS, *(n for n in SPECS if n.startswith("dense"))])
+def test_stages_and_dense_decays_in_kernels(name: str) -> None:
     variant = read_text(spec(name))
     op = lagen.load(variant)
     case = cases.make(variant, Extent(35, batch=1, heads=1), carried=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
@@ -33,3 +34,17 @@ def test_arithmetic_and_products_are_a_devices() -> None:
     assert torch.equal(o, a * b + torch.where(a < b, a, -b))
     below = torch.ones(16, 16).tril() @ b.float()
     assert torch.allclose(p, below + torch.arange(16.0)[:, None] - a.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_go_row_by_row(axis: int, reverse: bool) -> None:
+    torch.manual_seed(2)
+    a, b = torch.rand(2, 8, 8)
+    o = torch.empty(8, 8)
+    with faithful():
+        planted.scan_kernel[(1,)](a, b, o, C=8, AXIS=axis, REVERSE=reverse)
+    state = torch.zeros(8)
+    for t in reversed(range(8)) if reverse else range(8):
+        state = a.select(axis, t) * state + b.select(axis, t)
+        assert torch.allclose(o.select(axis, t), state, rtol=1e-6)

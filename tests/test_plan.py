@@ -23,10 +23,9 @@ from lagen.passes.canonicalise import canonicalise
 from lagen.passes.cut import cut
 from lagen.passes.differentiate import differentiate
 from lagen.passes.plan import plan
-from lagen.passes.stages import unswept
 from lagen.spec import read, read_text
 
-NAMES = [path.stem for path in data.specs() if not unswept(canonicalise(read(path)))]
+NAMES = [path.stem for path in data.specs()]
 PER_VALUE = read_text(Recipe(decay="value").settled().text())
 
 

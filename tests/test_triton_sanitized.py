@@ -73,7 +73,10 @@ def step(op: Operator, case: Case, backend: str) -> list[torch.Tensor]:
     return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *states]
 
 
-@pytest.mark.parametrize("name", ["gla", "simple_gla", "rwkv6", "linear_attention", "mamba2", "hgrn2", "efficient_attention", *SHARED])
+WATCHED = ("gla", "simple_gla", "rwkv6", "linear_attention", "mamba2", "hgrn2", "efficient_attention", "mamba1")
+
+
+@pytest.mark.parametrize("name", [*WATCHED, *SHARED])
 def test_no_access_is_stray_and_no_two_programs_meet(name: str) -> None:
     variant = variant_of(name)
     op = lagen.load(variant)
@@ -85,7 +88,10 @@ def test_no_access_is_stray_and_no_two_programs_meet(name: str) -> None:
     assert [r for r in results if not r.ok] == []
 
 
-@pytest.mark.parametrize("name", ["gla", "mamba2", "linear_attention", "rwkv6", "hedgehog", *(n for n in SHARED if "all" not in n)])
+STEPPED = ("gla", "mamba2", "linear_attention", "rwkv6", "hedgehog", "longhorn")
+
+
+@pytest.mark.parametrize("name", [*STEPPED, *(n for n in SHARED if "all" not in n)])
 def test_a_step_reads_no_state_that_it_has_written(name: str) -> None:
     variant = variant_of(name)
     op = lagen.load(variant)

@@ -37,7 +37,7 @@ def print_kernel(
     kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str, exact: frozenset[str]
 ) -> Printed:
     """Prints ``kernel``; ``heads`` gives every tensor's head dim, ``top`` is the program's, ``exact`` are the tensors in float32."""
-    return _Kernel(kernel, recurrence, states, heads, top, exact).print()
+    return KernelPrinter(kernel, recurrence, states, heads, top, exact).print()
 
 
 def is_looped(kernel: Kernel) -> bool:
@@ -45,30 +45,38 @@ def is_looped(kernel: Kernel) -> bool:
     return kernel.kind == "chunks" and bool(kernel.tile) and any(s.value.op in ("gram", *SQUARES) for s in kernel.stores)
 
 
-class _Kernel:
+class KernelPrinter:
     """The parts of one kernel while it is printed."""
 
     def __init__(
         self, kernel: Kernel, recurrence: Recurrence, states: dict[str, State], heads: dict[str, str], top: str, exact: frozenset[str]
     ) -> None:
         self.kernel, self.recurrence, self.states, self.heads, self.top = kernel, recurrence, states, heads, top
-        roots = kernel.values
-        names = recurrence.names
-        if kernel.kind == "step":
-            self.out: Statements = StepStatements(names, roots, states)
-        elif kernel.kind == "sweep":
-            self.out = SweepStatements(kernel, names, roots)
-        else:
-            self.out = Statements(names, roots, rows_end="T - first * BT")
+        self.out = self.statements()
         self.out.exact = exact
+        self.out.storage = {t.name: t.dims for t in recurrence.inputs + recurrence.params if len(t.dims) == 2}
         self.before: list[str] = []
         self.exact_matmuls = False
         self.after: list[str] = []
         self.pointers: list[tuple[str, State]] = []
+        self.parts: dict[str, list[str]] = {}  # lines that the skeleton of one kind has beside the others
+
+    def statements(self) -> Statements:
+        """Makes the statements that the kernel's kind has."""
+        roots, names = self.kernel.values, self.recurrence.names
+        if self.kernel.kind == "step":
+            return StepStatements(names, roots, self.states)
+        if self.kernel.kind == "sweep":
+            return SweepStatements(self.kernel, names, roots)
+        return Statements(names, roots, rows_end="T - first * BT")
+
+    def body(self) -> list[str]:
+        """Prints what the kernel's kind has in its middle."""
+        return {"sweep": self.sweep, "step": self.step, "tokens": self.tokens, "chunks": self.chunks}[self.kernel.kind]()
 
     def print(self) -> Printed:
         """Prints the whole kernel."""
-        body = {"sweep": self.sweep, "step": self.step, "tokens": self.tokens, "chunks": self.chunks}[self.kernel.kind]()
+        body = self.body()
         dims = self.dims()
         offsets = self.offsets(dims)
         if self.kernel.kind == "chunks" and self.kernel.tile:  # offsets of the dim that the kernel loops over change with the loop
@@ -80,7 +88,7 @@ class _Kernel:
         signature = self.signature(dims)
         prelude = sorted(self.out.prelude | ({"lg_sequence"} if self.out.rows else set()))
         template = environment().get_template(f"triton/{self.kernel.kind}.py.j2")
-        text = "\n".join(before + body + self.after)
+        text = "\n".join([*before, *body, *self.after, *(x for lines in self.parts.values() for x in lines)])
         source = template.render(
             kernel=self.kernel,
             looped=is_looped(self.kernel),
@@ -91,6 +99,7 @@ class _Kernel:
             before=before,
             body=body,
             after=self.after,
+            **self.parts,
         )
         tensors = tuple((n, self.buffer(n)) for n in self.tensor_names())
         named = tuple(signature), tensors, tuple(self.pointers), tuple(prelude), self.out.scaled, dims, self.extra(dims)
@@ -193,12 +202,11 @@ class _Kernel:
         elif self.kernel.kind == "tokens":
             lines.append("T, HV, G, NC" + (", NY" if self.kernel.tile else "") + "".join(f", N{p}" for p in sorted(self.shares())))
         else:
-            names = {name.partition("_")[0] for name, _ in self.pointers}
-            lines.append("T, HV, G, NY, NSEG, SEG, LEVELS" + (", EVERY, NB" if "border" in names else ", NC" if "mark" in names else ""))
+            lines.append(self.counts())
         if self.out.rows:
             lines.append("BT: tl.constexpr")
         if dims:
-            lines += [", ".join(f"{d}: tl.constexpr" for d in dims), ", ".join(f"B{d}: tl.constexpr" for d in dims)]
+            lines += [", ".join(f"{d}: tl.constexpr" for d in dims), ", ".join(f"{b}: tl.constexpr" for b in self.blocks(dims))]
         if self.extra(dims):
             lines.append(", ".join(f"{d}: tl.constexpr" for d in self.extra(dims)))
         lines.append("DT: tl.constexpr, PRECISION: tl.constexpr" + (", EXACT: tl.constexpr" if self.exact_matmuls else ""))
@@ -207,13 +215,22 @@ class _Kernel:
             lines.append(", ".join(f"{f}: tl.constexpr" for f in flags))
         return lines
 
+    def counts(self) -> str:
+        """Lists the parameters that say how a sweep is cut."""
+        names = {name.partition("_")[0] for name, _ in self.pointers}
+        return "T, HV, G, NY, NSEG, SEG, LEVELS" + (", EVERY, NB" if "border" in names else ", NC" if "mark" in names else "")
+
+    def blocks(self, dims: tuple[str, ...]) -> list[str]:
+        """Lists the parameters that say how much of each dim a tile takes."""
+        return [f"B{d}" for d in dims]
+
     def extra(self, dims: tuple[str, ...]) -> tuple[str, ...]:
         """Lists dims that no tile has but whose size a value uses."""
         return tuple(sorted(self.out.sizes - set(dims)))
 
     def flags(self) -> list[str]:
         """Lists the compile-time facts about optional operands."""
-        if self.kernel.kind != "sweep":
+        if not self.kernel.runs:
             return ["IS_VARLEN" if self.out.rows else "HAS_SLOTS"]
         return ["IS_VARLEN", "IS_WIDE", *(f"HAS_{name.upper()}" for name, _ in self.pointers if not name.startswith("mark_"))]
 
@@ -232,7 +249,7 @@ class _Kernel:
 
     def alone(self, head: str, dims: tuple[str, ...] | None = None) -> str:
         """Prints what holds in one program of those that compute one value, on ``head`` and of ``dims``; "" where each has its own."""
-        tiled = dims is not None and self.kernel.kind in ("sweep", "step") and self.kernel.tile not in ("", *dims)
+        tiled = dims is not None and (self.kernel.runs or self.kernel.kind == "step") and self.kernel.tile not in ("", *dims)
         shared = [] if head == self.top else ["i_hv % G == 0" if head else "i_hv == 0"]
         found = (["i_y == 0"] if tiled else []) + shared
         return found[0] if len(found) == 1 else " & ".join(f"({x})" for x in found)
@@ -290,13 +307,19 @@ class _Kernel:
         if not hold.source:
             self.before.append(f"{tile.text} = {zero}")
             return
+        load = self.given(hold)
+        self.before += [f"if HAS_{hold.source.upper()}:", f"    {tile.text} = {load}", "else:", f"    {tile.text} = {zero}"]
+
+    def given(self, hold: Hold) -> str:
+        """Prints the load of a given state."""
+        carry, state = hold.carry, self.states[hold.carry.state]
         self.pointers.append((hold.source, state))
-        place, mask = self.place(state, carry), self.out.mask(tile.axes)
+        place, mask = self.place(state, carry), self.out.mask(tuple(d for d in (carry.x, carry.y) if d))
         at = self.point(hold.source, state, "i_r" if carry.updated else "i_n")
         load = f"tl.load({at} + {place}, mask={mask}, other=0.0)" if place else f"tl.load({at})"
         if carry.reverse and state.head != self.top:  # one of the heads that share a state takes its gradient
             load += f" * tl.where({self.alone(state.head)}, 1.0, 0.0)"
-        self.before += [f"if HAS_{hold.source.upper()}:", f"    {tile.text} = {load}", "else:", f"    {tile.text} = {zero}"]
+        return load
 
     def take(self, hold: Hold, tile: Tile) -> None:
         """Prints the load of a carry that is kept as the chunk begins."""
@@ -426,7 +449,7 @@ class _Kernel:
             at += [f"i_c * {b.name}_st"] * out.chunked
         elif b.token and out.rows:
             at.append(out.spread(Tile("o_t", (ROW,)), axes) + f" * {b.name}_st")
-        at += [out.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in b.dims]
+        at += out.lanes(b.dims, axes)
         alone = "" if b.partial else self.alone(b.head, b.dims)
         mask = out.mask(axes)
         where = " + ".join([at[0]] + ([f"({' + '.join(at[1:])})"] if len(at) > 2 else at[1:]))
@@ -445,12 +468,20 @@ class _Kernel:
         head = self.top if full else state.head
         at = self.point(hold.sink, State(state.name, head, state.dims, (), ()), "i_n")
         end = "0" if carry.reverse else "last"
-        text = f"tl.store({at}" + (f" + {place}, b_{carry.state}, mask={mask})" if place else f", b_{carry.state})")
+        held = self.held(carry)
+        text = f"tl.store({at}" + (f" + {place}, {held}, mask={mask})" if place else f", {held})")
         alone = self.alone(head, axes)
-        conditions = [f"if i_s == {end}:", *([f"if {alone}:"] if alone else [])]
-        self.after.append(f"if HAS_{hold.sink.upper()}:")
-        for depth, line in enumerate([*conditions, text], 1):
-            self.after.append("    " * depth + line)
+        conditions = [f"if HAS_{hold.sink.upper()}:", f"if i_s == {end}:", *([f"if {alone}:"] if alone else [])]
+        self.after += ["    " * depth + line for depth, line in enumerate(conditions)]
+        self.after += ["    " * len(conditions) + line for line in self.gone_through(carry, text)]
+
+    def held(self, carry: Carry) -> str:
+        """Names what a carry holds."""
+        return f"b_{carry.state}"
+
+    def gone_through(self, carry: Carry, line: str) -> list[str]:
+        """Prints a statement about all that a carry holds."""
+        return [line]
 
     # -- the other skeletons ------------------------------------------------------------------------------------------------------
 

@@ -74,6 +74,7 @@ class Statements:
         self.tiles: dict[Expr, Tile] = {}
         self.exact: frozenset[str] = frozenset()  # tensors that hold float32 whatever the inputs do
         self.chunked = chunked  # whether a program goes from chunk to chunk
+        self.storage: dict[str, tuple[str, ...]] = {}  # of tensors with two dims: the order that they are stored in
         self.rows = rows  # whether tiles have a token axis (the step kernel has none)
         self.rows_end = rows_end  # the row behind the sequence's last token
         self.used: set[str] = set()
@@ -182,7 +183,7 @@ class Statements:
         """Prints a load of ``row``; padding rows and lanes read 0."""
         self.loads[n.name] = n
         axes = self.axes(n)
-        lanes = [self.spread(Tile("o_c" if d == COL else f"o_{d.lower()}", (d,)), axes) for d in axes if d != ROW]
+        lanes = self.lanes(self.storage.get(n.name, n.dims), axes)
         if n.token and self.rows:
             lanes.insert(0, f"{self.spread(Tile(row, (ROW,)), axes)} * {n.name}_st")
         if dict(n.attrs).get("per") and self.chunked:
@@ -190,6 +191,12 @@ class Statements:
         at = " + ".join([f"p_{n.name}", f"({' + '.join(lanes)})" if len(lanes) > 1 else lanes[0]] if lanes else [f"p_{n.name}"])
         mask = self.mask(axes)
         return self.let(f"b_{n.name}{suffix}", f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})", axes, raw=True)
+
+    def lanes(self, dims: tuple[str, ...], axes: tuple[str, ...]) -> list[str]:
+        """Prints the offsets of elements stored as [*dims] in a tile on ``axes``."""
+        names = ["o_c" if d == COL else f"o_{d.lower()}" for d in dims]
+        steps = [f" * {size}" for size in dims[1:]] + [""]  # a tensor has two dims at most
+        return [f"{self.spread(Tile(name, (d,)), axes)}{step}" for name, d, step in zip(names, dims, steps, strict=False)]
 
     def make_lead(self, n: Expr) -> Tile:
         """Prints a load of the row below; the last token loads its own."""

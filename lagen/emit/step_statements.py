@@ -16,6 +16,15 @@ class StepStatements(Statements):
         super().__init__(names, roots, rows=False)
         self.states = states
 
+    def axes(self, n: Expr) -> tuple[str, ...]:
+        """Returns the axes of the tile of ``n``: a matrix lies as the state that it decays."""
+        return next((s.dims for s in self.states.values() if len(n.dims) == 2 and set(s.dims) == set(n.dims)), super().axes(n))
+
+    def make_outer(self, n: Expr) -> Tile:
+        """Prints the matrix of two vectors' products."""
+        axes = self.axes(n)
+        return self.let("b_w", " * ".join(self.spread(self.wide(a), axes) for a in n.args), axes)
+
     def make_readout(self, n: Expr) -> Tile:
         """Prints a readout of the state before, after, or just decayed."""
         state, dim, at = self.states[n.name], n.attr("dim"), n.attr("at")

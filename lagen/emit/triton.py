@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 
 from lagen.emit.forms import segments
 from lagen.emit.kernels import Printed, is_looped, print_kernel
+from lagen.emit.reserved import rename_reserved
 from lagen.emit.roles import merge_arguments, print_roles
+from lagen.emit.scan import print_scan, rows_of
 from lagen.emit.templates import environment
 from lagen.emit.torch import reads_neighbours, render_tokens
 from lagen.ir import expr as E
@@ -18,7 +19,7 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
-from lagen.passes.schedule import place, tiles, widest
+from lagen.passes.schedule import longest, place, tiles, widest
 
 _CALLS = {
     "lg_gram": ("lg_reach", "lg_decay"),
@@ -29,87 +30,10 @@ _CALLS = {
 """Device functions that a device function calls."""
 
 
-_RESERVED = {
-    "B",
-    "T",
-    "H",
-    "HV",
-    "G",
-    "BT",
-    "DT",
-    "NY",
-    "NC",
-    "NSEG",
-    "SEG",
-    "LEVELS",
-    "PRECISION",
-    "pid",
-    "i",
-    "i_b",
-    "i_c",
-    "i_h",
-    "i_hv",
-    "i_s",
-}
-_RESERVED |= {
-    "i_y",
-    "i_n",
-    "i_r",
-    "c_0",
-    "r_0",
-    "first",
-    "last",
-    "bos",
-    "count",
-    "cu_seqlens",
-    "N",
-    "NSEQ",
-    "cut",
-    "slots",
-    "made",
-    "torch",
-    "triton",
-    "tl",
-    "inputs",
-    "params",
-    "scale",
-    "saved",
-    "outputs",
-    "states",
-    "closed",
-    "dtype",
-    "device",
-}
-
-
 def render_triton(recurrence: Recurrence, adjoint: Adjoint) -> str:
     """Prints the Triton part of a variant's module; its launchers look configs up in the module's table TUNED."""
-    recurrence, adjoint = _renamed(recurrence, adjoint)
+    recurrence, adjoint = rename_reserved(recurrence, adjoint)
     return _Module(recurrence, adjoint, make_plan(recurrence, adjoint)).render()
-
-
-def _renamed(r: Recurrence, a: Adjoint) -> tuple[Recurrence, Adjoint]:
-    """Gives another name to tensors that are called like one of the kernels' own; callers pass them by place."""
-    table = {t.name: f"{t.name}_" for t in r.inputs + r.params if t.name in _RESERVED or t.name[:2] in ("o_", "b_", "p_", "m_", "e_", "t_")}
-    if not table:
-        return r, a
-
-    def leaf(e: Expr) -> Expr:
-        return E.rewrite(e, lambda n: replace(n, name=table[n.name], _hash=0) if n.op in ("input", "param") and n.name in table else None)
-
-    def tensors(ts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(replace(t, name=table.get(t.name, t.name)) for t in ts)
-
-    r = replace(
-        r,
-        inputs=tensors(r.inputs),
-        params=tensors(r.params),
-        states=tuple(s.map(leaf) for s in r.states),
-        outputs=tuple((n, leaf(e)) for n, e in r.outputs),
-        names=tuple((n, leaf(e)) for n, e in r.names),
-    )
-    gradients = tuple((table.get(n, n), leaf(e)) for n, e in a.gradients)
-    return r, replace(a, recurrence=r, states=tuple(s.map(leaf) for s in a.states), gradients=gradients)
 
 
 class _Module:
@@ -127,6 +51,7 @@ class _Module:
         self.exact = frozenset(b.name for b in buffers if b.dtype == "float32") | {f"total_{s.name}" for s in plan.states}
         self.heads |= {f"total_{s.name}": s.head for s in plan.states if not s.causal}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
+        self.chunk = longest(plan.forward + plan.backward, recurrence.chunk_default)
 
     def render(self) -> str:
         """Prints device functions, kernels, launchers."""
@@ -144,7 +69,7 @@ class _Module:
                 continue
             states = {n: s for n, s in self.states.items() if k.kind != "step" or n in {x.name for x in self.r.states}}
             top = k.stores[0].buffer.head if k.name.startswith("prepare") else self.top
-            printed = print_kernel(k, self.r, states, self.heads, top, self.exact)
+            printed = (print_scan if k.kind == "scan" else print_kernel)(k, self.r, states, self.heads, top, self.exact)
             prelude |= set(printed.prelude)
             kernels.append(printed.source)
             done[k] = printed
@@ -162,7 +87,8 @@ class _Module:
             .get_template("triton/launch.py.j2")
             .render(
                 functions=functions,
-                chunk=self.r.chunk_default,
+                chunk=self.chunk,
+                scans=any(k.kind == "scan" for k in self.plan.forward),
                 saves=len(self.plan.saved),
                 segments=_printed(segments),
                 tiles=_printed(tiles),
@@ -189,12 +115,13 @@ class _Module:
         lines = []
         if self.r.inputs:
             lines.append(f"{', '.join(t.name for t in self.r.inputs)}, = map(_unit, inputs)")
+        lines += [f"{t.name} = {t.name}.contiguous()" for t in self.r.inputs if len(t.dims) == 2]
         if self.r.params:
             lines.append(f"{', '.join(t.name for t in self.r.params)}, = (x.contiguous() for x in params)")
         first = self.r.inputs[0].name
         lines.append(f"B = {first}.shape[0]" if step else f"B, T = {first}.shape[:2]")
         if not step:
-            lines.append("N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1  # sequences")
+            lines.append("NSEQ = B if cu_seqlens is None else cu_seqlens.shape[0] - 1  # sequences")
         shift = -1 if step else 0
         where: dict[str, str] = {}
         for t in self.tensors:
@@ -237,11 +164,15 @@ class _Module:
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
             if k.kind == "chunks" and k.tile:
                 lines.append(f'BT, B{k.tile}_chunk = _config(tuned, chunk, "{place(k)}", {k.tile}, 16, {size}, {cap[place(k)]})[:2]')
-            elif k.kind in ("sweep", "step"):
+            elif k.runs or k.kind == "step":
                 called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
+            if k.kind == "scan":
+                rows = rows_of(k)
+                lines += [f"B{rows}, G{rows} = _tiles_of_rows({rows})"] if rows else []
+                lines.append(f"warps_{k.name} = _scan_warps(B{k.tile}{f' * B{rows}' if rows else ''})")
         if not lines:
-            return [*fits, f"BT = {self.r.chunk_default}"]
+            return [*fits, f"BT = {self.chunk}"]
         dims = "".join(f'("{d}", {d}), ' for d in self.dims if d not in dict(self.r.sizes)).rstrip()
         return [*fits, f'tuned, chunk = _tuned("{pass_}", dtype, ({dims}), {"1" if pass_ == "step" else "T"}, B * HV)', *lines]
 
@@ -264,7 +195,7 @@ class _Module:
             call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale{packed})"
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
         lines, args, grid = self.call(k, p, step)
-        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.kind in ("sweep", "step") else ("8", "1")
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.runs or k.kind == "step" else ("8", "1")
         warps = "4" if k.kind == "chunks" and not k.tile else warps  # one tile of pair weights
         return lines + self.calls(k.name, grid, [x for _, x in args], warps, stages)
 
@@ -284,9 +215,8 @@ class _Module:
         for s in k.stores:
             b = s.buffer
             if s.summed:
-                lines.append(
-                    f"{b.name} = torch.empty((_rows(T, BT, cu_seqlens), B, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)"
-                )
+                rows = "B * NSEG, 1" if k.kind == "scan" else "_rows(T, BT, cu_seqlens), B"
+                lines.append(f"{b.name} = torch.empty(({rows}, HV, {', '.join(b.dims)}), dtype=torch.float32, device=device)")
             elif k.kind == "tokens" and step:
                 lines.append(
                     f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)"
@@ -300,7 +230,8 @@ class _Module:
                 lines.append(f"{h.sink} = torch.empty({self.state_shape(state, False)}, dtype=torch.float32, device=device)")
         for h in (h for h in k.holds if h.mark):
             shape = ", ".join(["B", "HV", "_rows(T, BT, cu_seqlens)", *self.states[h.carry.state].dims])
-            lines.append(f"{h.mark} = torch.empty(({shape}), dtype=dtype, device=device)")
+            dtype = next((self.dtype(b) for b in self.plan.saved if b.name == h.mark), "dtype")
+            lines.append(f"{h.mark} = torch.empty(({shape}), dtype={dtype}, device=device)")
         args = []
         for name, _ in p.tensors:
             made = next((s.buffer for s in k.stores if s.buffer.name == name), None)
@@ -319,16 +250,17 @@ class _Module:
                 args.append(f"{value}, {value}.stride(0), 0" + (f", {value}.stride(1)" if head else ""))
             else:
                 args.append(f"{value}, *{value}.stride()[:{lead}]")
-        sweep = k.kind == "sweep" and k not in self.plan.borders
+        sweep = k.runs and k not in self.plan.borders
         for name, _ in p.states:
             args.append(self.pointer(self.cut_name(name) if sweep else name))
         if p.scaled:
             args.append("scale")
-        args.append("slots" if k.kind == "step" else "None, 1" if step else "cu_seqlens, N")
+        args.append("slots" if k.kind == "step" else "None, 1" if step else "cu_seqlens, NSEQ")
         heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
         heads = "HV" if self.top == "H" and heads == "HV // G" else heads
         grid = {
-            "sweep": f"N * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * {'NC' if k.parallel else 'NSEG'}",
+            "sweep": f"NSEQ * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * {'NC' if k.parallel else 'NSEG'}",
+            "scan": f"B * {heads} * NY * NSEG",
             "step": f"B * {heads} * NY",
             "tokens": f"B * {heads} * NC" + (" * NY" if k.tile else ""),
             "chunks": f"B * {heads} * NC" + ("" if is_looped(k) else " * NY"),
@@ -338,11 +270,15 @@ class _Module:
         if k.kind == "sweep":
             lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)" if k.parallel else f"NY = {tile}")
             if k in self.plan.borders:
-                args.append("T, HV, G, NY, 1 if cu_seqlens is None else N, T // BT + 1, BT.bit_length() - 1, SEG, NSEG")
+                args.append("T, HV, G, NY, 1 if cu_seqlens is None else NSEQ, T // BT + 1, BT.bit_length() - 1, SEG, NSEG")
             else:
                 rows = "NC, 1" if k.parallel else "NSEG, SEG"
                 marks = ", _rows(T, BT, cu_seqlens)" if any(name.startswith("mark_") for name, _ in p.states) else ""
                 args.append(f"T, HV, G, NY, {rows}, BT.bit_length() - 1{', NC' if marks and k.parallel else marks}")
+        elif k.kind == "scan":
+            lines.append(f"NY = {tile}")
+            marks = ", _rows(T, BT, cu_seqlens)" if any(name.startswith("mark_") for name, _ in p.states) else ""
+            args.append(f"T, HV, G, NY, NSEG, SEG{marks}" + (f", triton.cdiv({rows_of(k)}, B{rows_of(k)})" if rows_of(k) else ""))
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
             lines += [line for name, s in p.states if name.startswith("next_") for line in self.keep(s, k.tile)]
@@ -363,12 +299,14 @@ class _Module:
             args.append("BT")
         if p.dims:
             args.append(", ".join(p.dims))
-            args.append(", ".join(block if d == k.tile else f"_block({d})" for d in p.dims))
+            rows = rows_of(k) if k.kind == "scan" else ""
+            blocks = [block if d == k.tile else f"B{d}" if d == rows else f"_block({d})" for d in p.dims]
+            args.append(", ".join([*blocks, *([f"G{rows}"] if rows else [])]))
         if p.sizes:
             args.append(", ".join(p.sizes))
         args.append("_DTYPES[dtype], _precision(dtype)" + (", _precision(torch.float32)" if p.exactly else ""))
         flags = ["slots is not None" if k.kind == "step" else "False" if step else "cu_seqlens is not None"]
-        if k.kind == "sweep":
+        if k.runs:
             flags.append(f"{'T' if k in self.plan.borders else 'BT' if k.parallel else 'SEG * BT'} * widest >= 2**31")
             flags += [self.flag(self.cut_name(name) if sweep else name) for name, _ in p.states if not name.startswith("mark_")]
         args.append(", ".join(flags))
@@ -412,13 +350,14 @@ class _Module:
         sweeps = [k for k in kernels if k.kind == "sweep"]
         held = [d for k in kernels for d in self.kernel_dims(k)]
         own = f"HV * max({', '.join(['BT', *dict.fromkeys(held)])})"
-        marks = [" * ".join(self.states[h.carry.state].dims) or "1" for k in kernels for h in k.holds if h.mark]
+        marks = [" * ".join(self.states[h.carry.state].dims) or "1" for k in kernels for h in k.holds if h.mark or h.met]
         own = ", ".join([own, *(f"triton.cdiv({size}, BT)" for size in dict.fromkeys(marks))])
         wide = f"widest = max({own}, *(x.stride(1) for x in ({', '.join(t.name for t in tensors)},)))  # elements a token of any tensor"
         if not self.plan.borders:
             return [wide, "SEG, NSEG, cut = _cut(max(1, triton.cdiv(T, BT)), BT, T, cu_seqlens)"]
         tiles = f" * triton.cdiv({sweeps[0].tile}, B{sweeps[0].tile})" if sweeps[0].tile else ""
-        call = f"N * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), (2**31 - 1) // (BT * widest), tuned.get('segment', 0)"
+        call = f"NSEQ * HV{tiles}, triton.cdiv(T, BT), _processors(device.index or 0), (2**31 - 1) // (BT * widest)"
+        call += ", tuned.get('segment', 0)"
         return [wide, f"SEG, NSEG, cut = _cut(FORM or _segments({call})[0], BT, T, cu_seqlens)"]
 
     def borders(self, states: tuple[State, ...]) -> list[Kernel]:
@@ -464,7 +403,7 @@ class _Module:
     def state_shape(self, s: State, wide: bool) -> str:
         """Prints the shape of a state."""
         heads = [] if not s.head and not (wide and self.top) else ["HV" if wide or s.head == self.top else "HV // G"]
-        return f"({', '.join(['N', *heads, *s.dims])},)"
+        return f"({', '.join(['NSEQ', *heads, *s.dims])},)"
 
     def forward(self, done: dict[Kernel, Printed | str]) -> str:
         """Prints triton_forward."""

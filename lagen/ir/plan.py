@@ -5,6 +5,7 @@ others are whole. Where all carries are kept elsewhere it is *parallel*: a progr
 token-wise work before (prepare) or after (finish) the sweeps. Work that changes a vector's size runs as torch operations (*torch*),
 which is a fact of the plan, not of a failure. A *chunks* kernel stores what a decay on a whole dim makes of a chunk (pair scores,
 vectors under decay), looping over that dim; sweeps then need no exponents for it.
+A *scan* is for states that have no matmul form (passes/scans): its values are those of ir/recurrence, not lowered to pairs.
 
 Who makes it: passes/plan. Who reads it: passes/schedule, emit/, explain.
 """
@@ -73,7 +74,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. ``kind``: sweep, chunks, tokens, torch or step. ``why`` says in words what made the plan choose it."""
+    """One launch. ``kind``: sweep, scan, chunks, tokens, torch or step. ``why`` says in words what made the plan choose it."""
 
     name: str
     kind: str
@@ -90,6 +91,11 @@ class Kernel:
         carries = [h.carry for h in self.holds]
         terms = [x for c in carries for t in c.terms for x in (t.near, t.far)]
         return [s.value for s in self.stores] + terms + [f for c in carries for f in c.factors]
+
+    @property
+    def runs(self) -> bool:
+        """Tells whether programs go from chunk to chunk with states in their registers."""
+        return self.kind in ("sweep", "scan")
 
     @property
     def tile_key(self) -> tuple[bool, str]:
@@ -162,7 +168,7 @@ def _made(kernels: tuple[Kernel, ...], given: set[str]) -> set[str]:
             assert not beside, f"{k.name} loads {n.name}, which {beside[0]} stores at the same time"
         met = [s for v in k.values for n in reads(v, "suffix") for s, _ in closings(n)]
         for name in (*met, *(h.carry.state for h in k.holds if h.met)):
-            assert f"mark_{name}" in made, f"{k.name} meets {name}, which no earlier launch kept"
+            assert f"mark_{name}" in made | given, f"{k.name} meets {name}, which no earlier launch kept"
         assert all(s.buffer.partial in ("", k.tile) for s in k.stores), f"{k.name}: shares of a dim that is not on its grid"
         assert all(h.carry.y in (k.tile, "") for h in k.holds), f"{k.name}: a carry that is not tiled along {k.tile}"
         own = [s.buffer.name for s in k.stores] + [x for h in k.holds for x in (h.sink, h.mark) if x]

@@ -63,7 +63,7 @@ def choose_prepared(
     """Chooses what is computed before the sweeps and stored, of the operands ``wanted``; on ``head`` where one is given."""
     chosen = cut(
         wanted,
-        early=lambda n: n.op in ROWS + SIZED and not E.reads(n, "readout"),
+        early=lambda n: n.op in ROWS + SIZED and len(n.dims) < 2 and not E.reads(n, "readout"),
         cost=lambda n: _bytes(n) if n.op in LEAVES else 2.2 * _bytes(n) + 4,
     )
     nodes = [n for n in walk(*wanted) if n in chosen and n.args and n.token and not E.reads(n, "readout")]
@@ -71,10 +71,12 @@ def choose_prepared(
     return {n: Buffer(named[n], head or n.head, n.dims, n.token, "input" if n.dims else "float32") for n in nodes}
 
 
-def choose_saved(recurrence: Recurrence, adjoint: Adjoint, head: str) -> dict[Expr, Buffer]:
-    """Chooses which values that depend on forward readouts the backward loads."""
+def choose_saved(
+    recurrence: Recurrence, adjoint: Adjoint, head: str, kept: Callable[[Expr], bool] = lambda readout: True
+) -> dict[Expr, Buffer]:
+    """Chooses which values that depend on forward readouts the backward loads; those that are not ``kept`` it makes again."""
     roots = [*(e for _, e in recurrence.outputs), *(x for s in recurrence.states for x in s.operands)]
-    after = {n for n in walk(*roots) if n.op == "readout" or any(True for _ in E.reads(n, "readout"))}
+    after = {n for n in walk(*roots) if any(map(kept, E.reads(n, "readout")))}
     wanted: list[Expr] = []
 
     def visit(n: Expr) -> Expr | None:

@@ -26,9 +26,10 @@ from lagen.passes.lower_rows import lower_rows
 from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, map_recurrence, operands_of, token_kernels
 from lagen.passes.order import beside, in_circles, in_order
 from lagen.passes.peak_sweeps import peak_sweeps
+from lagen.passes.scans import plan_scans, scan_axes
 from lagen.passes.simplify import factor, simplify
 from lagen.passes.spans import split_spans
-from lagen.passes.stages import Stage, stages, unswept
+from lagen.passes.stages import Stage, stages
 from lagen.passes.turn import turn
 from lagen.passes.whole_decay import load, others, stored, take_inverses, take_out
 
@@ -41,8 +42,6 @@ REVERSE, MET = 1, 2
 
 def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     """Plans forward, backward and step of ``recurrence``; raises NotImplementedError for what no sweep carries."""
-    if missing := unswept(recurrence):
-        raise NotImplementedError(missing)
     head = max((t.head for t in recurrence.inputs + recurrence.params), key=E.HEADS.index)
     # each head sums its own share of a gradient over all tokens; what the sum gives is added up over the heads at the end
     adjoint = replace(adjoint, states=tuple(s if s.causal else replace(s, head=head) for s in adjoint.states))
@@ -56,6 +55,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     back = map_adjoint(back, lambda e: E.substitute(e, table))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     step, stepped = _step(core, outputs), core.states
+    if axes := scan_axes(core, back):
+        return plan_scans(core, back, axes, head, prepared, outputs, step)
     roots = [*(e for _, e in core.outputs), *operands_of(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
     peaks, maxima = peak_sweeps(core.states, roots, taken)
     maximum = {n: b.leaf for n, b in maxima.items()}

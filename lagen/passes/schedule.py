@@ -15,6 +15,9 @@ from lagen.ir.tunable import CHUNK, AtMost, Tunable, Tunables
 _VALUES = 24
 """Vectors a token that a sweep of vector states computes in tiles of 64 without spilling."""
 
+_SCANNED = 48
+"""Vectors and matrices a token that a scan of matrix states computes for 16 tokens without spilling."""
+
 _OPERANDS = 8
 """Matrix operands that a sweep of 64-wide tiles keeps in flight without spilling (8 warps, 128 x 128 states, bf16)."""
 
@@ -27,6 +30,8 @@ _STATES = 32_768
 
 def widest_tile(k: Kernel) -> int:
     """Returns the widest tile of a kernel's grid dim, judged by the matrices it has in flight."""
+    if k.kind == "scan":  # a lane of its own for every number of a token: a wider tile has more warps
+        return 64
     operands = {n for n in walk(*k.values) if n.op in ("input", "stored") and n.dims}
     if k.kind == "chunks":  # pair sums of both kinds of read keep two sets of exponents
         return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op == "mix"}) <= 1 else 16
@@ -37,6 +42,13 @@ def widest_tile(k: Kernel) -> int:
     pairs = sum(n.op == "mix" and bool(n.dims) for n in set(walk(*k.values)))
     tables = pairs if any(n.op == "gram" for n in walk(*k.values)) else 0  # pair scores computed here stay in registers, C x C each
     return 64 if matrices <= 1 and len(operands) <= _OPERANDS and tables <= 1 else 32
+
+
+def longest(kernels: Sequence[Kernel], chunk: int) -> int:
+    """Returns the default chunk of a variant's ``kernels``: a scan's tokens lie in the registers of one thread."""
+    scans = [k for k in kernels if k.kind == "scan"]
+    values = max((len({n for n in walk(*k.values) if n.dims}) for k in scans), default=0)
+    return min(chunk, 8 if values > _SCANNED else 16) if scans else chunk
 
 
 def tiles(target: str, chunk: int, itemsize: int) -> tuple[int, int, int, int]:
@@ -88,7 +100,8 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
     scans = [k for k in kernels if k.kind not in ("tokens", "torch")]
     if not scans:
         return Tunables(())
-    most, tile, _, stages = tiles(target, chunk, itemsize)
+    scanned = any(k.kind == "scan" for k in scans)
+    most, tile, _, stages = tiles(target, longest(plan.forward + plan.backward, chunk), itemsize)
     found: list[Tunable] = []
     limits: list[AtMost] = []
     for where, cap in widest(kernels).items():
@@ -101,8 +114,9 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
             limits.append(AtMost((f"{of} {where}",), max(16, _STATES // held), f"states of {held} rows would not fit the registers"))
     if of != "step":
         least = 16 if itemsize <= 2 else min(16, most)
-        lengths = sorted({c for c in (*chunks, most) if least <= c <= 64})
-        found.append(Tunable(CHUNK, tuple(lengths), most, "tokens that are taken together by matrix products"))
+        lengths = sorted({c for c in (*chunks, most) if least <= c <= 64}) if not scanned else (4, 8, 16, 32)
+        taken = "tokens that are taken together" + ("" if scanned else " by matrix products")
+        found.append(Tunable(CHUNK, tuple(lengths), most, taken))
     if plan.borders and of != "step":
         found.append(Tunable(f"{of} segment", (0, 1, 8, 32, FUSED), 0, "chunks that one program runs through; 0: as the shape asks"))
     found.append(Tunable(f"{of} warps", (0, 4, 8), 0, "warps of a program; 0: as its largest dim asks", static=False))

@@ -46,6 +46,8 @@ def absorb(root: Expr, states: dict[str, State], strict: set[Expr]) -> Expr:
             if t.op != "readout" or t in strict or t.attr("at") not in _INCLUSIVE:
                 continue
             state = states[t.name]
+            if len(t.dims) > 1:  # a dense state number by number: what its decay's gradient is made of
+                continue
             own = own_terms(t, state)
             if all(o in terms for o in own) and all(w.decayed for w in state.writes):
                 for o in own:

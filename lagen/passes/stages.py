@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr, addends, walk
 from lagen.ir.plan import Buffer
-from lagen.ir.recurrence import Recurrence, State
+from lagen.ir.recurrence import State
 
 Target = tuple[Buffer, Expr]
 
@@ -24,14 +24,6 @@ class Stage:
 
     states: tuple[State, ...]
     targets: tuple[Target, ...]
-
-
-def unswept(recurrence: Recurrence) -> str:
-    """This function says what in a variant has no form as sweeps over chunks; "" where all has."""
-    for s in recurrence.states:
-        if s.dense:
-            return f"no Triton form for the dense decay of {s.name}"
-    return ""
 
 
 class _Depths:

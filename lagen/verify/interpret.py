@@ -1,8 +1,9 @@
-"""bfloat16 in Triton's interpreter: as a device computes it.
+"""bfloat16 in Triton's interpreter: as a device computes it; scans: row by row.
 
 The interpreter (Triton 3.9) keeps bfloat16 as 16-bit patterns and computes with the patterns: a product of two bfloat16 tiles is that
 of two integers. Inside ``faithful`` the patterns are widened to float32 for arithmetic and for tl.dot, and rounded to the nearest,
-ties to even, on the way back, where the interpreter cuts off.
+ties to even, on the way back, where the interpreter cuts off. tl.associative_scan combines whole rows, where the interpreter takes number
+after number: the same results, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -44,6 +45,20 @@ def _back(handle: Any) -> Any:
     return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16)
 
 
+def _scan(self: Any, given: Any) -> list[Any]:
+    """Scans tiles along their axis; stands in for ScanOps.generic_scan."""
+    tiles = [np.moveaxis(x.handle.data, self.axis, 0) for x in given]
+    kinds = [x.dtype for x in given]
+    met: list[tuple[Any, ...]] = []
+    for row in zip(*tiles, strict=True):
+        values = tuple(self.to_tensor(x, kind) for x, kind in zip(row, kinds, strict=True))
+        made = self.combine_fn.fn(*met[-1], *values) if met else values
+        met.append(made if isinstance(made, tuple) else (made,))
+    shape = tiles[0][0].shape
+    whole = (np.stack([np.broadcast_to(x.handle.data, shape) for x in rows]) for rows in zip(*met, strict=True))
+    return [self.to_tensor(np.ascontiguousarray(np.moveaxis(w, 0, self.axis)), kind) for w, kind in zip(whole, kinds, strict=True)]
+
+
 @contextmanager
 def faithful() -> Iterator[None]:
     """Computes with bfloat16 as a device does, in every kernel interpreted inside the block."""
@@ -70,7 +85,8 @@ def faithful() -> Iterator[None]:
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain["create_dot"](self, _wide(a), _wide(b), *rest)
 
-    with mock.patch.multiple(
+    scans = mock.patch.object(interpreter.ScanOps, "generic_scan", _scan)
+    with scans, mock.patch.multiple(
         builder,
         unary_op=arithmetic("unary_op"),
         binary_op=arithmetic("binary_op"),

@@ -94,3 +94,15 @@ def bfloat16_kernel(a, b, o, p, C: tl.constexpr):
     tl.store(o + i_cc, b_a * b_b + tl.where(b_a < b_b, b_a, -b_b))
     b_l = (i_c[:, None] >= i_c[None, :]).to(tl.bfloat16)
     tl.store(p + i_cc, tl.dot(b_l, b_b) + i_c[:, None].to(tl.bfloat16) - b_a)
+
+
+@triton.jit
+def _affine(a, s, b, w):
+    return a * b, s * b + w
+
+
+@triton.jit
+def scan_kernel(a, b, o, C: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr):
+    i_c = tl.arange(0, C)
+    i_cc = i_c[:, None] * C + i_c[None, :]
+    tl.store(o + i_cc, tl.associative_scan((tl.load(a + i_cc), tl.load(b + i_cc)), AXIS, _affine, reverse=REVERSE)[1])
