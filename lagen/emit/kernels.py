@@ -11,7 +11,7 @@ from lagen.emit.step_statements import StepStatements
 from lagen.emit.sweep_statements import SweepStatements
 from lagen.emit.templates import environment
 from lagen.ir import expr as E
-from lagen.ir.chunk import COL, ROW, SQUARES, Carry
+from lagen.ir.chunk import COL, ROW, Carry, is_square
 from lagen.ir.expr import Expr
 from lagen.ir.plan import Buffer, Hold, Kernel, Store
 from lagen.ir.recurrence import Recurrence, State, closings
@@ -42,7 +42,7 @@ def print_kernel(
 
 def is_looped(kernel: Kernel) -> bool:
     """Tells whether a chunks kernel sums over tiles of its dim in a loop."""
-    return kernel.kind == "chunks" and bool(kernel.tile) and any(s.value.op in ("gram", *SQUARES) for s in kernel.stores)
+    return kernel.kind == "chunks" and bool(kernel.tile) and any(is_square(s.value) for s in kernel.stores)
 
 
 class KernelPrinter:
@@ -533,7 +533,7 @@ class KernelPrinter:
     def chunks(self) -> list[str]:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
         out = self.out
-        summed = [s for s in self.kernel.stores if s.value.op in ("gram", *SQUARES)]
+        summed = [s for s in self.kernel.stores if is_square(s.value)]
         grams = dict.fromkeys(n for s in summed for n in E.walk(s.value) if n.op == "gram" and len(n.args) == 3)
         names = {s.value: s.buffer.name for s in summed}
         for gram in grams:

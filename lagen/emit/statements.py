@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, ROW
@@ -460,6 +460,24 @@ class Statements:
         flags = f"{n.attr('prev') == '1'}, {n.attr('inclusive') == '1'}"
         text = f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.gate(g)}, LEVELS, {flags}, BT, DT, PRECISION)"
         return self.let("b_o", text, axes)
+
+    def make_own(self, n: Expr) -> Tile:
+        """Prints the pair sums of both sides of a table; the other one's name is noted."""
+        both = n.args[0]
+        a, b, r, w, g = both.args
+        earlier, later = (self.tile(Expr("gram", x, dims=(COL,), token=True)) for x in ((a, b), (b, a)))
+        table = self.let("b_P", f"tl.where(o_t[:, None] > o_t[None, :], {earlier.text}, {later.text}).to(DT)", (ROW, COL))
+        axes = (ROW, *g.dims)
+        self.prelude.add("lg_twins")
+        own, led = self.fresh("b_own"), self.fresh("b_led")
+        vectors = ", ".join(self.spread(self.guarded(x, raw=True), axes) for x in (r, w))
+        call = f"lg_twins({table.text}, {vectors}, {self.gate(g)}, LEVELS, {both.attr('prev') == '1'}, BT, DT, PRECISION)"
+        self.lines.append(f"{own}, {led} = {call}  # [BT, {', '.join(f'B{d}' for d in g.dims)}]")
+        tiles = {op: Tile(name, axes) for op, name in (("own", own), ("led", led))}
+        self.tiles |= {replace(n, op=op): tile for op, tile in tiles.items()}
+        return tiles[n.op]
+
+    make_led = make_own
 
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
         """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""

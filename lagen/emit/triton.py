@@ -24,6 +24,7 @@ from lagen.passes.schedule import longest, place, tiles, widest
 _CALLS = {
     "lg_gram": ("lg_reach", "lg_decay"),
     "lg_mix": ("lg_reach", "lg_decay"),
+    "lg_twins": ("lg_reach", "lg_decay"),
     "lg_logsigmoid": ("lg_log1p",),
     "lg_softplus": ("lg_log1p",),
 }

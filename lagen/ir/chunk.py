@@ -12,6 +12,8 @@ ir/expr.py there are:
     gram(r, n)   r n^T over X; with a gate on X each term carries exp(b_i - b_j) (dyadic anchors)                 [C, C]
     flip(A)                  pair scores with rows and columns exchanged                                          [C, C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
+    twins(a, b, r, w, g)     the table a b^T of readers and earlier writers: its own(..) is what readers sum of
+                             w, led(..) what writers sum of r, both under exp(b_i - b_j), in the same matmuls     [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
     weigh(W, P)              W * P: what each token reads of another's write                                     [C, C]
@@ -42,12 +44,17 @@ ROW, COL = "@", "#"
 
 TILE_OPS = (
     *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans"),
-    *("weigh", "inverse", "compose"),
+    *("weigh", "inverse", "compose", "twins", "own", "led"),
 )
 
 
 SQUARES = ("inverse", "compose", "add")
 """Ops that the blocks of an inverse have on top."""
+
+
+def is_square(e: Expr) -> bool:
+    """Tells whether a value is pair scores, or a block of an inverse."""
+    return e.op in ("gram", *SQUARES) and COL in e.dims
 
 
 @dataclass(frozen=True)

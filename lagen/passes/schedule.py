@@ -34,7 +34,7 @@ def widest_tile(k: Kernel) -> int:
         return 64
     operands = {n for n in walk(*k.values) if n.op in ("input", "stored") and n.dims}
     if k.kind == "chunks":  # pair sums of both kinds of read keep two sets of exponents
-        return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op == "mix"}) <= 1 else 16
+        return 32 if len({n.attr("prev") for n in walk(*k.values) if n.op in ("mix", "twins")}) <= 1 else 16
     matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds if not h.met)
     values = len({n for n in walk(*k.values) if n.dims and n.token})
     if k.kind == "sweep" and not matrices and values > _VALUES:  # vector states alone: all that a token computes is alive at once

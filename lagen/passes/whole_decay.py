@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lagen.ir.chunk import SQUARES, TILE_OPS
-from lagen.ir.expr import LEAVES, ONE, Expr, substitute, walk
+from lagen.ir.chunk import SQUARES, TILE_OPS, is_square
+from lagen.ir.expr import LEAVES, ONE, Expr, addends, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
+from lagen.passes.pair_sums import is_pair_sum, partners
 
 
 def _gate(n: Expr) -> Expr | None:
@@ -21,8 +22,8 @@ def _gate(n: Expr) -> Expr | None:
     """
     if n.op == "gram" and len(n.args) == 3:
         return n.args[2]
-    if n.op == "mix" and len(n.args) == 4:  # what is solved inside a sweep hangs on what the sweep carries
-        return None if any(x.op == "carry" for x in walk(n)) else n.args[3]
+    if is_pair_sum(n):  # what is solved inside a sweep hangs on what the sweep carries
+        return None if any(x.op == "carry" for x in walk(n)) else addends(n)[0].args[3]
     if n.op == "whole" and n.dims:
         return n.args[0]
     if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in (*LEAVES, "lead", *FUNCTIONS):
@@ -30,7 +31,7 @@ def _gate(n: Expr) -> Expr | None:
     return None
 
 
-_STEMS = {"gram": "scores", "mix": "pairs", "whole": "decay"}
+_STEMS = {"gram": "scores", "mix": "pairs", "add": "pairs", "whole": "decay"}
 
 
 def take_inverses(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> list[Store]:
@@ -54,9 +55,11 @@ def take_out(
     gated = [n for s in inverses for n in walk(s.value) if n.op == "gram" and _gate(n) is not None]
     between = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
     stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
-    for n in dict.fromkeys(n for k in sweeps for n in walk(*k.values)):
+    nodes = dict.fromkeys(n for k in sweeps for n in walk(*k.values))
+    inside = {n.args[1] for n in nodes if n.op == "add" and is_pair_sum(n)}  # added to what another launch may have stored
+    for n in nodes:
         gate = _gate(n)
-        if gate is None or gate not in stores:
+        if gate is None or gate not in stores or n in inside:
             continue
         stem = _STEMS.get(n.op) or f"{n.args[0].name or 'x'}_{n.args[1].op}"
         name = next(x for i in range(99) if (x := f"{stem}_{gate.dims[0].lower()}" + (str(i) if i else "")) not in taken)
@@ -68,7 +71,7 @@ def take_out(
     alone = tuple(s for s in inverses if not any(s in found for found in stores.values()))
     # under several decays pair sums take pair scores that another decay's launch stores: all scores come first
     def later(s: Store) -> tuple[bool, bool]:
-        return not solved.isdisjoint(walk(s.value)), len(stores) > 1 and s.value.op == "mix"
+        return not solved.isdisjoint(walk(s.value)), len(stores) > 1 and is_pair_sum(s.value)
 
     kinds = sorted({later(s) for found in stores.values() for s in found})
     rounds = [[(g, [s for s in found if later(s) == kind]) for g, found in stores.items()] for kind in kinds]
@@ -89,17 +92,20 @@ def take_out(
 
 def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
     """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
-    scores = ("gram", *SQUARES)
-    groups: list[list[Store]] = [[s for s in stores if s.value.op in scores]]
+    groups: list[list[Store]] = [[s for s in stores if is_square(s.value)]]
+    newest = {addends(s.value)[-1]: s for s in stores if is_pair_sum(s.value)}  # a longer sum goes on from a shorter one
+    led = {newest[own].value: newest[writers] for own, writers in partners(newest)}
     for s in stores:
-        if s.value.op in scores:
+        if is_square(s.value) or s in led.values():
             continue
-        grown = [*groups[-1], s]
-        pairs = sum(x.value.op == "mix" for x in grown)
-        operands = {n for n in walk(*(x.value for x in grown)) if n.op in LEAVES and n.dims}
+        more = [s, *([led[s.value]] if s.value in led else [])]  # pair sums of one table are one matmul
+        grown = [*groups[-1], *more]
+        sums = [addends(x.value)[-1] for x in grown if is_pair_sum(x.value)]
+        kinds = {n.attr("prev") for n in sums}  # each has exponents of its own
+        operands = {n for n in walk(*(sums or [x.value for x in grown])) if n.op in LEAVES and n.dims}
         most = 4 if {"gram", "mul"} <= {x.value.op for x in groups[-1]} else 5
-        if pairs and (pairs > 2 or len(operands) > most) and groups[-1]:
-            groups.append([s])
+        if sums and (len(sums) > 2 or len(kinds) > 1 or len(operands) > most) and groups[-1]:
+            groups.append(more)
         else:
             groups[-1] = grown
     return [tuple(g) for g in groups if g]
