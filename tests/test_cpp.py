@@ -33,7 +33,7 @@ from lagen.verify.oracle import oracle
 pytestmark = pytest.mark.skipif(not cpp.compilers(), reason="no C++ compiler")
 Tensors = tuple[Tensor, ...]
 SPECS = ("simple_gla", "gla", "rwkv6", "linear_attention", "mamba2", "based", "efficient_attention", "gated_deltanet", "rwkv7")
-SPECS = (*SPECS, "performer", "gated_rfa")  # with a param of two dims
+SPECS = (*SPECS, "performer", "gated_rfa", "mamba1", "longhorn")  # with a param of two dims, with a decay for every element
 MIXED = """
 name: mixed
 inputs: {q: [H, M], k: [H, K], v: [H, V]}
@@ -132,6 +132,30 @@ def test_any_size_of_state(name: str, dims: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", ["performer", "gated_rfa"])
 def test_a_param_of_two_dims_of_any_size(name: str, dims: dict[str, int]) -> None:
     op, variant = loaded(name)
+    agree(op, variant, make(variant, Extent(37, dims=tuple(dims.items())), carried=True))
+
+
+ENTERS_ITSELF = """
+name: enters_itself
+inputs: {x: [E], a: [E], b: [N], q: [N]}
+assume:
+  - a <= 0
+  - b >= 0
+recurrence:
+  S: exp(outer(a, b)) * S[t-1] + outer(x, b)
+  o: (S[t] @ q) * (S[t-1] @ q)
+"""
+
+
+def test_a_decay_for_every_element_is_walked_back_only_where_one_walk_gives_all() -> None:
+    recurrence, adjoint = compiled(ENTERS_ITSELF)
+    forward, backward = fallback(recurrence, adjoint)
+    assert not forward and "comes back to it" in backward
+
+
+@pytest.mark.parametrize("dims", [{"E": 64, "N": 16}, {"E": 5, "N": 33}, {"E": 130, "N": 1}], ids=str)
+def test_a_decay_for_every_element_of_any_size(dims: dict[str, int]) -> None:
+    op, variant = loaded("mamba1")
     agree(op, variant, make(variant, Extent(37, dims=tuple(dims.items())), carried=True))
 
 
@@ -261,12 +285,13 @@ def test_threads_change_no_bit() -> None:
     assert all(torch.equal(alone[n], together[n]) for n in alone)
 
 
-@pytest.mark.parametrize("name", ["gla", "linear_attention", "rwkv6", "mamba2"])
+@pytest.mark.parametrize("name", ["gla", "linear_attention", "rwkv6", "mamba2", "mamba1"])
 def test_threads_that_share_a_head_agree(name: str) -> None:
     op, variant = loaded(name)
     before = torch.get_num_threads()
     try:
-        for dims in ((("K", 13), ("V", 50)), (("K", 20), ("V", 7))):
+        first, second = ("E", "N") if name == "mamba1" else ("V", "K")
+        for dims in (((second, 13), (first, 50)), ((second, 20), (first, 7))):
             case = make(variant, Extent(37, batch=1, heads=1, group=1, dims=dims), carried=True)
             torch.set_num_threads(1)
             alone = op(*case.inputs, *case.params, initial_state=case.initial_states, backend="cpp")

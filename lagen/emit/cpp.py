@@ -21,7 +21,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
     forward, backward = plan_forward(recurrence), plan_backward(adjoint)
     if isinstance(forward, Fallback):
         return forward
-    present = [] if isinstance(backward, Fallback) else [n for n, *_ in (*backward.sinks, *(o for p in backward.passes for o in p.outers))]
+    present = set[str]() if isinstance(backward, Fallback) else backward.given
     directions = [print_direction(recurrence, forward, "forward")]
     if not isinstance(backward, Fallback):
         directions.append(print_direction(recurrence, backward, "backward"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lagen.emit.cpp_fit import REDUCTIONS
-from lagen.emit.cpp_plan import POST, Loop, Pass, Program, Resize, Step, Suffix, Sweep
-from lagen.emit.cpp_scan import dense_sweep
+from lagen.emit.cpp_plan import POST, Back, Loop, Pass, Program, Resize, Step, Suffix, Sweep
+from lagen.emit.cpp_scan import Walk, dense_back, dense_sweep
 from lagen.ir import expr as E
 from lagen.ir.expr import Expr
 from lagen.ir.recurrence import Recurrence, Solve
@@ -127,7 +127,9 @@ class _Printer:
             members.append(f"float* sum_d{name}_;")
             built.append(f"sum_d{name}_ = a.floats({length});")
             start.append(f"memset(w.sum_d{name}_, 0, 4 * {length});")
-        for s in dict.fromkeys(m.first for m in program.meetings):
+        for s in self.backs():
+            self.declare_back(s, members, built, start)
+        for s in dict.fromkeys([*(m.first for m in program.meetings), *(s.back.first for s in self.backs() if s.back)]):
             members.append(f"float* kept_{s.label};  // what {s.label} is before every KEPT-th token")
             built.append(f"kept_{s.label} = a.floats(keeps(z.T) * {_cells(s)});")
         met = {f"met_{self.names[m.suffix]}": (m.suffix.dims or ("",))[0] for m in program.meetings}
@@ -208,6 +210,22 @@ class _Printer:
         else:
             members.append(f"Vector {s.label};")
             built.append(f"{s.label} = Vector(a, {_size(s.lanes)}, {'false' if s.lanes else 'true'});")
+
+    def backs(self) -> list[Sweep]:
+        """Lists the sweeps of the gradients of dense states."""
+        return [s for _, s in self.steps() if isinstance(s, Sweep) and s.back]
+
+    def declare_back(self, s: Sweep, members: list[str], built: list[str], start: list[str]) -> None:
+        """Declares what such a sweep finds in a tile, and the gradients of params that it adds up."""
+        assert s.back
+        part = sum(n.attr("dim") == s.lanes for n in (*s.reads, *s.back.found, *(n.args[0] for n in s.back.sums)))
+        members.append("float *was, *decays, *part;  // the state before every token of a tile, its decays, sums over lanes")
+        built += [f"{name} = t.floats(TILE * {_size(s.rows)} * LANES);" for name in ("was", "decays")]
+        built.append(f"part = t.floats({part} * TILE * {_size(s.rows)} * LANES);")
+        for name, _ in s.back.gathers:
+            members.append(f"float* sum_d{name}_;")
+            built.append(f"sum_d{name}_ = a.floats({_cells(s)});")
+            start.append(f"memset(w.sum_d{name}_, 0, 4 * {_cells(s)});")
 
     def sums(self) -> dict[str, Expr]:
         """Lists the running sums: of suffixes and of the gradients of params."""
@@ -353,6 +371,11 @@ class _Printer:
         for name, e in self.program.sinks:
             if name in params:
                 out.append(f"store_sum(c.d{name}_, b, h, w.sum_d{name}_, {_size((e.dims or ('',))[0])});")
+        for s in self.backs():
+            for name, _ in s.back.gathers if s.back else ():
+                dims = next(t.dims for t in self.recurrence.params if t.name == name)
+                first = f"{'true' if dims[0] == s.rows else 'false'}, z.full_{dims[1]}"
+                out.append(f"store_elements(c.d{name}_, b, h, w.sum_d{name}_, {_size(s.rows)}, {_size(s.lanes)}, {first});")
         for t in self.recurrence.params:
             if t.name in self.matrices():
                 sizes = f"{_size(t.dims[0])}, {_size(t.dims[1])}, {_pad(t.dims[1])}"
@@ -470,9 +493,13 @@ class _Printer:
 
     def sweep(self, s: Sweep, closings: tuple[tuple[Expr, Sweep, int], ...]) -> list[str]:
         """Prints a sweep: its decay, writes and readouts, and the closings that it feeds."""
+        if s.back:
+            return self.walk_back(s, s.back)
         if s.elements:
             dims, writes = (s.lanes, s.rows), [w[:2] for w in s.writes]
-            return dense_sweep(s.elements, s.label, dims, writes, s.reads, self.own_row, self.formula)
+            kept = f"if (is_kept(t0)) w.{s.label}.keep(w.kept_{s.label} + t0 / KEPT * {_cells(s)});"
+            lines = [kept] if any(b.back and b.back.first == s for b in self.backs()) else []
+            return lines + dense_sweep(s.elements, s.label, dims, writes, s.reads, self.own_row, self.formula)
         by_dims = {d.dims: d for d in s.decay}
         row = (s.rows,) if s.rows else ("no row",)
         lane = (s.lanes,) if s.lanes else ("no lane",)
@@ -515,6 +542,18 @@ class _Printer:
         else:
             lines.append(f"  sweep{shape}(w.{s.label}, n, {way}, decay, {operands});")
         return [*lines, *(between if s.state.reverse else []), "}"]
+
+    def walk_back(self, s: Sweep, back: Back) -> list[str]:
+        """Prints the reverse sweep of a dense state's gradient, after the state as it was before the tile."""
+        assert s.elements
+        first = back.first
+        gathers = tuple((f"w.sum_d{name}_", e) for name, e in back.gathers)
+        writes = tuple(w[:2] for w in first.writes), tuple((w[:2], w[2]) for w in s.writes)
+        sums = tuple((n.args[0], n) for n in back.sums)
+        walk = Walk((first.label, s.label), (s.lanes, s.rows), writes, s.reads, back.found, sums, gathers)
+        kept = f"w.kept_{first.label} + t0 / KEPT * {_cells(s)}"
+        there = [f"if (is_kept(t0)) memcpy(w.{first.label}.s, {kept}, 4 * {_cells(s)});", f"else {self.load_state(first)}"]
+        return [*there, *dense_back(s.elements, walk, self.own_row, self.formula)]
 
     def between(self, s: Sweep, row: tuple[str, ...]) -> list[str]:
         """Prints what a sweep's state is kept for, and what it meets, where it stands before the tile's first token."""

@@ -32,13 +32,38 @@ def outers(e: Expr) -> list[tuple[Expr, Expr]]:
     return found
 
 
+def _unwalked(dense: list[State], roots: list[Expr]) -> str:
+    """Returns what one reverse walk of a dense state's gradient cannot give, or nothing."""
+    if len(dense) > 1:
+        return "several states have a decay for every element"
+    back = dense[0]
+
+    def made(n: Expr) -> bool:
+        return n.op == "readout" and n.name in (back.of, back.name) and bool(n.attr("dim")) or any(len(a.dims) > 1 for a in n.args)
+
+    bodies = [x for w in back.writes for x in (w.row, w.col)]
+    if any(n.op == "readout" and n.name == back.of for n in walk(*bodies)):
+        return f"what {back.of} is comes back to it through what reads it"
+    for n in walk(*roots):
+        if len(n.dims) < 2 and any(len(a.dims) > 1 for a in n.args):
+            if n.op not in ("sum", "contract") or not n.token:
+                return f"{n} reduces two dims a token"
+            if any(len(m.dims) < 2 and made(m) for a in n.args for m in walk(a)):
+                return f"{n} takes what the same walk makes"
+    return ""
+
+
 def unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr]) -> str:
     """Returns what the fast form cannot carry of ``roots`` and of what they read, or nothing."""
     by_name = {s.name: s for s in states}
+    dense = [s for s in states if s.dense and s.reverse]
     for e in (e for e in roots if len(e.dims) > 1):
-        if not outers(e):
-            return f"{e} has two dims a token"
-    roots = [x for e in roots for x in ([e] if len(e.dims) < 2 else (x for pair in outers(e) for x in pair))]
+        reason = unprinted(e) if dense else f"{e} has two dims a token"
+        if not outers(e) and reason:
+            return reason
+    roots = [x for e in roots for x in (x for pair in outers(e) for x in pair) if outers(e)] + [e for e in roots if not outers(e)]
+    if dense and (reason := _unwalked(dense, roots)):
+        return reason
     known = {
         *FUNCTIONS,
         *LEAVES,
@@ -62,6 +87,8 @@ def unfit(recurrence: Recurrence, states: tuple[State, ...], roots: list[Expr]) 
     matrices = {a for n in walk(*roots, *bodies) if n.op == "contract" for a in n.args if a.op == "param" and len(a.dims) > 1}
     for n in walk(*roots, *bodies):
         if n in matrices:
+            continue
+        if dense and len(n.dims) > 1 and not unprinted(n):
             continue
         if n.op == "readout" and len(by_name[n.name].dims) > 1 and n.attr("dim") == "":
             return f"{n.name} is read element by element"

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lagen.emit.cpp_fit import LEAVES, REDUCTIONS, RESIZES, Fallback, outers, unfit
-from lagen.emit.cpp_scan import Elements, elements
+from lagen.emit.cpp_scan import Elements, elements, log_of
 from lagen.ir import expr as E
 from lagen.ir.expr import ONE, Expr, walk
 from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, closings, readout
@@ -46,10 +46,13 @@ class Sweep:
     whole: bool = False  # not causal: this pass only reads what an earlier one gathered
     elements: Elements | None = None  # a decay for every element; ``decay`` is empty then
     solves: tuple[Solve, ...] = ()  # values that it finds as it goes and writes; other sweeps of the state take them as they are
+    back: Back | None = None  # of the gradient of a dense state
 
     @property
     def operands(self) -> tuple[Expr, ...]:
         """Lists the values that it takes."""
+        if self.back:
+            return (*self.back.operands, *replace(self, back=None).operands)
         decay, own = self.elements.operands if self.elements else self.decay, [u.leaf for u in self.solves]
         solved = (x for u in self.solves for x in (*([u.base] if u.base != E.ZERO else []), *(r.args[0] for r in u.reads)))
         return (*decay, *(r.args[0] for r in self.reads), *(x for w in self.writes for x in w[:2] if x not in own), *solved)
@@ -57,13 +60,34 @@ class Sweep:
     @property
     def makes(self) -> tuple[Expr, ...]:
         """Lists the values that it makes."""
-        return (*self.reads, *(u.leaf for u in self.solves))
+        back = (*self.back.found, *self.back.sums) if self.back else ()
+        return (*self.reads, *(u.leaf for u in self.solves), *back)
 
     @property
     def label(self) -> str:
         """Returns the name that tells this sweep from the others of its direction."""
         born = self.level - self.whole
         return "_".join(x for x in (self.state.name, self.rows, str(born) if born > 1 else "") if x) + "_"
+
+
+@dataclass(frozen=True)
+class Back:
+    """What the reverse sweep of a dense state's gradient needs beside its own: the state, swept again through every tile.
+
+    ``found`` are readouts of that state. ``sums`` are ``scanned`` values, reductions of values with two dims; ``gathers`` are such
+    values themselves, which the gradients of params add up. All are element by element of both states.
+    """
+
+    first: Sweep
+    found: tuple[Expr, ...]
+    sums: tuple[Expr, ...]
+    gathers: tuple[tuple[str, Expr], ...]
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """Lists the values that it takes but for what stands in values with two dims."""
+        vectors = (a for n in self.sums for a in n.args[0].args if len(a.dims) < 2)
+        return (*self.first.operands, *(r.args[0] for r in self.found), *vectors)
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,12 @@ class Program:
     meetings: tuple[Meeting, ...]
     every: int
 
+    @property
+    def given(self) -> set[str]:
+        """Returns the names of what it makes: outputs, or the tensors that get a gradient."""
+        gathered = (n for p in self.passes for s in p.steps if isinstance(s, Sweep) and s.back for n, _ in s.back.gathers)
+        return {n for n, _ in self.sinks} | {o[0] for p in self.passes for o in p.outers} | set(gathered)
+
     def __str__(self) -> str:
         lines = [f"program over {self.head or 'no head'}"]
         for p in self.passes:
@@ -199,15 +229,17 @@ class _Planner:
     def __init__(
         self, recurrence: Recurrence, states: tuple[State, ...], sinks: tuple[tuple[str, Expr], ...], ends: tuple[State, ...]
     ) -> None:
-        self.sizes, self.params = dict(recurrence.sizes), recurrence.params
+        self.sizes, self.params, self.outputs = dict(recurrence.sizes), recurrence.params, recurrence.outputs
         self.head = recurrence.outputs[0][1].head
         self.raw = {s.name: s for s in states}
         self.solver = {u.leaf: s.name for s in states for u in s.solves}
         self.states = self.raw
+        self.pair = next(((s.of, s.name) for s in states if s.dense and s.reverse), ())
         self.lowered: dict[Expr, Expr] = {}
         self.pure: dict[Expr, bool] = {}
         self.states = {s.name: self.lower_state(s) for s in states}
         self.sinks = tuple((n, _row(self.lower(e), e.dims, token=True)) for n, e in sinks if len(e.dims) < 2)
+        self.gathers = tuple((n, self.lower(e)) for n, e in sinks if len(e.dims) > 1 and not outers(e))
         order = {t.name: t.dims for t in recurrence.params}
         self.outers: list[tuple[str, Expr, Expr]] = []
         for n, a, b in ((n, a, b) for n, e in sinks if len(e.dims) > 1 for a, b in outers(e)):
@@ -233,10 +265,13 @@ class _Planner:
             covered = self.raw[n.attr("states").split()[0]]
             gate = next(g for g in covered.decay if g.dims == n.dims)
             return replace(n, args=(*(self.lower(a) for a in n.args), E.call("exp", self.lower(gate))))
-        if n.op == "contract" and any(len(a.dims) > 1 for a in n.args):
+        if n.op == "contract" and any(len(a.dims) > 1 and a.op == "param" for a in n.args):
             x, w = sorted(n.args, key=lambda a: len(a.dims))
             flat = Expr("param", name=w.name, dims=(f"{n.dims[0]}|{n.attr('dim')}",), head=w.head)
             return replace(n, op="product", args=(self.lower(x), flat))
+        if n.op in ("sum", "contract") and any(len(a.dims) > 1 for a in n.args):
+            reduction = replace(n, args=tuple(self.lower(a) for a in n.args))
+            return Expr("scanned", (reduction,), dims=n.dims, head=n.head, token=True)
         if n.op == "lead":
             return push_leads(E.lead(self.lower(n.args[0])), self.stored)
         if n.op != "readout" or len(self.states[n.name].dims) > 1:
@@ -265,7 +300,10 @@ class _Planner:
         """Returns the first pass that can make ``node``; even passes go forward, odd ones in reverse."""
         if node not in self.levels:
             below = max((self.level(a) for a in node.args), default=0)
-            if node.op == "readout":
+            if node.op == "scanned" or node.op == "readout" and node.name in self.pair:
+                first, back = (self.states[name] for name in self.pair)
+                below = self.parity(max(below, self.body_level(first), self.body_level(back)), True)
+            elif node.op == "readout":
                 state = self.states[node.name]
                 gathered = self.body_level(state)
                 below = max(below, gathered + 1) if node.attr("at") == "all" else self.parity(max(below, gathered), state.reverse)
@@ -298,7 +336,7 @@ class _Planner:
     def is_pure(self, node: Expr) -> bool:
         """Tells whether ``node`` comes from inputs and params alone, so that any pass may compute it again."""
         if node not in self.pure:
-            self.pure[node] = node.op not in ("readout", "suffix", "solved") and all(self.is_pure(a) for a in node.args)
+            self.pure[node] = node.op not in ("readout", "suffix", "solved", "scanned") and all(self.is_pure(a) for a in node.args)
         return self.pure[node]
 
     # ---- sweeps
@@ -307,7 +345,7 @@ class _Planner:
         """Lists every node that the sinks and the ends of the states need, through the bodies of the states they read."""
         seen: set[Expr] = set()
         found: list[Expr] = []
-        waiting = [*(e for _, e in self.sinks), *(x for _, *pair in self.outers for x in pair)]
+        waiting = [*(e for _, e in self.sinks), *(x for _, *pair in self.outers for x in pair), *(e for _, e in self.gathers)]
         names = list(self.ends)
         done: set[str] = set()
         while waiting or names:
@@ -331,12 +369,14 @@ class _Planner:
 
     def make_sweeps(self, nodes: list[Expr]) -> None:
         """Groups the readouts by state, contracted dim and pass, and adds a sweep for a state that nothing reads."""
+        if self.pair:
+            self.make_back(nodes)
         for n in nodes:
-            if n.op == "readout":
+            if n.op == "readout" and n.name not in self.pair:
                 self.sweeps.setdefault((n.name, n.attr("dim"), self.level(n)), []).append(n)
         covered = [s for n in nodes if n.op == "suffix" for s in n.attr("states").split()]
         for name in (*self.ends, *covered):
-            if not any(key[0] == name for key in self.sweeps):
+            if name not in self.pair and not any(key[0] == name for key in self.sweeps):
                 state = self.states[name]
                 self.sweeps[name, state.dims[0] if len(state.dims) > 1 else "", self.body_level(state)] = []
         solving = {self.solver[n] for n in nodes if n in self.solver}
@@ -352,12 +392,30 @@ class _Planner:
                 writes = tuple((ONE, w.row, w.decayed) for w in state.writes)
             whole = any(n.attr("at") == "all" for n in reads)
             decay = () if whole or state.dense else state.decay
-            each = elements(state.decay[0], lanes, rows) if state.dense else None
+            each = elements([log_of(state.decay[0])], lanes, rows) if state.dense else None
             solves = state.solves if name in solving and rows != state.solves[0].leaf.dims[0] and level == self.body_level(state) else ()
             sweep = Sweep(state, rows, lanes, level, () if whole else writes, decay, tuple(reads), whole, each, solves)
             self.made[name, rows, level] = sweep
             if whole:
                 self.made[name, rows, level - 1] = replace(sweep, level=level - 1, writes=writes, reads=(), whole=False)
+
+    def make_back(self, nodes: list[Expr]) -> None:
+        """Makes the sweep of a dense state, whose lanes are the dim of the outputs, and that of its gradient."""
+        first, back = (self.states[name] for name in self.pair)
+        lanes = next((d for _, e in self.outputs for d in e.dims if d in first.dims), first.dims[0])
+        rows = next(d for d in first.dims if d != lanes)
+        turned = first.dims[0] == lanes
+        ours, theirs = (tuple((w.col, w.row, w.decayed) if turned else (w.row, w.col, w.decayed) for w in s.writes) for s in (first, back))
+        log, level = log_of(first.decay[0]), self.body_level(first)
+        one = Sweep(first, rows, lanes, level, ours, (), (), elements=elements([log], lanes, rows))
+        reads = {name: tuple(n for n in nodes if n.op == "readout" and n.name == name and n.attr("dim")) for name in self.pair}
+        sums = tuple(n for n in nodes if n.op == "scanned")
+        matrices = [a for n in sums for a in n.args[0].args if len(a.dims) > 1]
+        each = elements([log, *matrices, *(e for _, e in self.gathers)], lanes, rows)
+        at = self.parity(max(self.body_level(first), self.body_level(back)), True)
+        again = Back(one, reads[first.name], sums, self.gathers)
+        self.made[first.name, rows, level] = one
+        self.made[back.name, rows, at] = Sweep(back, rows, lanes, at, theirs, (), reads[back.name], elements=each, back=again)
 
     # ---- passes
 
@@ -392,7 +450,7 @@ class _Planner:
         params = tuple(n for n in constants if n.op == "param")
         own = {t.name for t in self.params}
         summed = any(n.op == "suffix" for name, e in self.sinks if name in own for n in walk(e))
-        every, meetings = OFTEN if summed else EVERY, self.meetings(nodes)
+        every, meetings = 1 if self.pair else OFTEN if summed else EVERY, self.meetings(nodes)
         return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends, meetings, every)
 
     def meetings(self, nodes: list[Expr]) -> tuple[Meeting, ...]:
@@ -440,7 +498,7 @@ class _Planner:
             elif self.level(n) < level and not self.is_pure(n):
                 kept[n] = None
             else:
-                for a in n.args:
+                for a in n.args if n.op != "scanned" else ():
                     visit(a)
                 order[n] = None
 
@@ -484,7 +542,7 @@ def home(node: Expr) -> str:
 
 def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
     """Orders the nodes of a pass (operands first in ``nodes``) into loops, joining as many as can stand in one."""
-    left = dict.fromkeys(n for n in nodes if n.op not in ("readout", "solved"))
+    left = dict.fromkeys(n for n in nodes if n.op not in ("readout", "solved", "scanned"))
     inside = set(nodes)
     pending = list(sweeps)
     steps: list[Step] = []

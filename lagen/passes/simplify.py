@@ -30,6 +30,9 @@ def own_terms(node: Expr, state: State) -> list[Expr]:
     """Lists what an inclusive readout adds to a strict one: the token's own writes."""
     out = []
     for w in state.writes:
+        if len(state.dims) > 1 and not node.attr("dim"):  # read element by element
+            out.append(E.outer(w.row, w.col))
+            continue
         near, far = sides(state, node.attr("dim"), w.row, w.col)
         out.append(E.mul(pair(near, node.args[0]), far))
     return out
