@@ -53,6 +53,12 @@ def broken(results: list[LawResult]) -> list[LawResult]:
     return [r for r in results if not r.ok]
 
 
+@pytest.mark.parametrize("name", ["rwkv7", "gated_deltaproduct"])
+def test_row_sums_over_more_than_one_tile(name: str) -> None:
+    variant = read(PATHS[name])
+    assert broken(judged(lagen.load(variant), variant, cases.make(variant, Extent(7, batch=1, heads=1, dims=(("K", 70), ("V", 5)))))) == []
+
+
 @pytest.mark.parametrize("name", sorted(PATHS))
 def test_forward_and_backward_are_the_recurrence(name: str) -> None:
     variant = read(PATHS[name])

@@ -170,6 +170,8 @@ def _made(kernels: tuple[Kernel, ...], given: set[str]) -> set[str]:
         for name in (*met, *(h.carry.state for h in k.holds if h.met)):
             assert f"mark_{name}" in made | given, f"{k.name} meets {name}, which no earlier launch kept"
         assert all(s.buffer.partial in ("", k.tile) for s in k.stores), f"{k.name}: shares of a dim that is not on its grid"
+        wide = [s.buffer.name for s in k.stores if s.buffer.partial and s.buffer.partial in s.buffer.dims]
+        assert not wide, f"{k.name}: of {wide} a program has its own elements, and no share of the others'"
         assert all(h.carry.y in (k.tile, "") for h in k.holds), f"{k.name}: a carry that is not tiled along {k.tile}"
         own = [s.buffer.name for s in k.stores] + [x for h in k.holds for x in (h.sink, h.mark) if x]
         assert len({*own}) == len(own) and not made & {*own}, f"{k.name} stores again what is stored: {own}"

@@ -332,6 +332,8 @@ class _Pass:
 
     def partial(self, e: Expr, key: Key) -> bool:
         """Tells whether ``e`` is linear in sums over the tiled dim, so that tiles may store their shares."""
+        if key[1] in e.dims:  # a program has no share of the others' elements
+            return False
         if e.op in ("contract", "sum"):
             return e.attr("dim") == key[1] and not e.dims and all(self.clean(a, key) for a in e.args)
         if e.op == "suffix":
