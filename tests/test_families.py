@@ -66,6 +66,16 @@ SPECS = {  # inputs, init, recurrence
         "",
         "S: exp(-outer(softplus(x), softplus(a))) * S[t-1] + outer(x, B); h: sigmoid(f) * h[t-1] + tanh(S[t] @ B); o: h[t]",
     ),
+    "vectors_in_stages": (
+        "x: [HV, D]; f: [H, D]; a: [H]",
+        "",
+        "z: z[t-1] + x * x; h: sigmoid(f) * h[t-1] + x * rsqrt(1 + z[t]); n: sigmoid(a) * n[t-1] + 1; o: h[t-1] / n[t]; p: dot(x, h[t])",
+    ),
+    "vectors_and_a_sum": (
+        "x: [HV, D]; f: [H, D]; a: [H]",
+        "",
+        "h: sigmoid(f) * h[t-1] + l2norm(x); n: sigmoid(a) * n[t-1] + 1; o: h[t] * h[t-1] / n[t]; p: h[t] * dot(x, f)",
+    ),
     "peak_that_is_read": ("x: [D]; a: [D]", "m: -3.0", "m: max(m[t-1] - softplus(a), x); o: tanh(m[t]) + m[t-1]"),
     "peak_of_a_head": (
         f"{KV}; i: [H]; f: [H]",
@@ -99,10 +109,11 @@ def test_the_recurrence_and_every_gradient(name: str, backend: str | None) -> No
     assert all(r.ok for r in laws.check(op, variant, backend, laws=("steps", "segments")))
 
 
-IN_KERNELS = ("stages_of_two_heads", "written_by_the_past", "normalised_by_a_vector", "three_stages")
+IN_SWEEPS = ("stages_of_two_heads", "written_by_the_past", "normalised_by_a_vector", "three_stages")
+IN_SCANS = ("peak_that_is_read", "vectors_in_stages", "vectors_and_a_sum", *(n for n in SPECS if n.startswith("dense")))
 
 
-@pytest.mark.parametrize("name", [*IN_KERNELS, *(n for n in SPECS if n.startswith("dense"))])
+@pytest.mark.parametrize("name", [*IN_SWEEPS, *IN_SCANS])
 def test_stages_and_dense_decays_in_kernels(name: str) -> None:
     variant = read_text(spec(name))
     op = lagen.load(variant)
@@ -121,9 +132,9 @@ def test_channels_of_vector_states_may_be_many() -> None:
     assert [r for r in results if not r.ok] == []
 
 
-@pytest.mark.parametrize("name", ["mlstm", "rwkv4", "abc"])
+@pytest.mark.parametrize(("name", "backend"), [("mlstm", None), ("rwkv4", None), ("abc", None), ("rwkv4", "triton")])
 @pytest.mark.parametrize("size", [-800.0, 800.0])
-def test_peaks_keep_exp_in_range(name: str, size: float) -> None:
+def test_peaks_keep_exp_in_range(name: str, backend: str | None, size: float) -> None:
     op = lagen.load(name)
     variant = lagen.spec.read(lagen.data.spec(name))
     case = cases.make(variant, Extent(37), carried=False)
@@ -131,7 +142,7 @@ def test_peaks_keep_exp_in_range(name: str, size: float) -> None:
     given = [x + size * (t.name == moved) for t, x in zip(variant.inputs, case.inputs, strict=True)]
     given = [x.requires_grad_() for x in given]
     params = [p.requires_grad_() for p in case.params]
-    o = op(*given, *params)
+    o = op(*given, *params, backend=backend)
     grads = torch.autograd.grad(o.sum(), [*given, *params])
     assert all(bool(torch.isfinite(x).all()) for x in (o, *grads))
     if size > 0 or name != "mlstm":  # which writes next to nothing where the gate is closed

@@ -56,8 +56,8 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     back = map_adjoint(back, lambda e: E.substitute(e, table))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
     step, stepped = _step(core, outputs), core.states
-    if axes := scan_axes(core, back):
-        return plan_scans(core, back, axes, head, prepared, outputs, step)
+    if (axes := scan_axes(core, back)) and (scans := plan_scans(core, back, axes, head, prepared, outputs, step, taken)):
+        return scans
     roots = [*(e for _, e in core.outputs), *operands_of(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
     peaks, maxima = peak_sweeps(core.states, roots, taken)
     maximum = {n: b.leaf for n, b in maxima.items()}

@@ -21,7 +21,7 @@ from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.passes.chunk import sides
-from lagen.passes.operands import ROWS, SIZED, choose_saved, map_adjoint, token_kernels
+from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, token_kernels
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,20 @@ def scan_axes(recurrence: Recurrence, adjoint: Adjoint) -> Axes | None:
 
     Raises NotImplementedError for a dense decay beside what a scan does not hold.
     """
-    dense = next((s for s in recurrence.states if s.dense), None)
-    if dense is None:
-        return None
+    states = recurrence.states
+    widest = max(states, key=lambda s: (s.dense, len(s.dims)))
+    other = next((s for s in states if not s.causal or s.solves or not set(s.dims) <= set(widest.dims)), None)
+    other = other or next((s for s in states if len(s.dims) == 2 and not s.dense), None)
     values = [*(x for s in adjoint.states for x in s.operands), *(e for _, e in adjoint.gradients)]
-    for s in recurrence.states:
-        if not s.causal or s.solves or not set(s.dims) <= set(dense.dims) or (len(s.dims) == 2 and not s.dense):
-            raise NotImplementedError(f"no Triton form for the dense decay of {dense.name} beside {s.name}")
-    if any(E.reads(v, "suffix", "lead") for v in values):
-        raise NotImplementedError(f"no Triton form for the dense decay of {dense.name} beside another one")
-    kept = [n.dims[0] for _, e in recurrence.outputs for n in E.reads(e, "readout") if n.name == dense.name and n.dims]
-    tile = (kept or [dense.dims[0]])[0]
-    return Axes(tile, next(d for d in dense.dims if d != tile))
+    summed = any(E.reads(v, "suffix", "lead") for v in values)
+    if widest.dense and (other or summed):
+        beside = other.name if other else "another one"
+        raise NotImplementedError(f"no Triton form for the dense decay of {widest.name} beside {beside}")
+    if other or summed or not widest.dims:
+        return None
+    kept = [n.dims[0] for _, e in recurrence.outputs for n in E.reads(e, "readout") if n.name == widest.name and n.dims]
+    tile = (kept or widest.dims)[0]
+    return Axes(tile, next((d for d in widest.dims if d != tile), ""))
 
 
 def plan_scans(
@@ -59,10 +61,19 @@ def plan_scans(
     prepared: dict[Expr, Buffer],
     outputs: dict[str, Buffer],
     step: tuple[Kernel, ...],
-) -> Plan:
-    """This function plans the scans of a variant whose operands are ``prepared``."""
+    taken: set[str],
+) -> Plan | None:
+    """This function plans the scans of a variant whose operands are ``prepared``; None where sweeps may carry what scans do not.
+
+    Raises NotImplementedError where a dense decay leaves no other way. ``taken`` are names that no buffer may have.
+    """
     saved = choose_saved(recurrence, adjoint, head, lambda n: bool(n.attr("dim")))
     adjoint = map_adjoint(adjoint, lambda e: E.substitute(e, {n: b.leaf for n, b in saved.items()}))
+    taken = taken | {b.name for b in saved.values()}
+    scan = _Scan("backward", {s.name: s for s in recurrence.states + adjoint.states}, axes, head)
+    apart = [n for s in adjoint.states for x in s.operands for n in walk(x) if not scan.computes(n) and not E.reads(n, "readout")]
+    sums = choose_prepared(apart, (), "w", taken, head)
+    adjoint = map_adjoint(adjoint, lambda e: E.substitute(e, {n: b.leaf for n, b in sums.items()}))
     kept = {b.name: b for b in saved.values() if b.name not in outputs}
     gradients = [
         (Buffer(f"d{t.name}", head, t.dims, t.token, "own"), e)
@@ -72,6 +83,12 @@ def plan_scans(
     again = _needed([*(e for _, e in gradients), *(x for s in adjoint.states for x in s.operands)], states)
     marks = {s.name: f"mark_{s.name}" for s in recurrence.states if s.name in again}
     ahead = _Scan("forward", states, axes, head)
+    for s in states.values():
+        for x in s.operands:
+            if not ahead.whole(x) and axes.rows:
+                raise NotImplementedError(f"no Triton form in a scan for what {s.name} takes: {x}")
+            if not ahead.whole(x):
+                return None
     ahead.settle([(outputs[name], e) for name, e in recurrence.outputs] + [(b, n) for n, b in saved.items() if b.name in kept])
     behind = _Scan("backward", states, axes, head)
     behind.settle(gradients)
@@ -86,7 +103,10 @@ def plan_scans(
     made = Plan(
         recurrence.name,
         (*prepare, *ahead.kernels("states in registers, a block of tokens at a time", False, holds)),
-        behind.kernels("the states of each block again, reverse states beside them", True, back),
+        (
+            *_tokens("backward_prepare", [Store(b, n) for n, b in sums.items()], axes),
+            *behind.kernels("the states of each block again, reverse states beside them", True, back),
+        ),
         (*prepare, *step),
         (*prepared.values(), *kept.values(), *(_mark(states[name], head) for name in marks)),
         recurrence.states + adjoint.states,
@@ -153,12 +173,6 @@ class _Scan:
     temps: dict[Expr, Expr] = field(default_factory=dict)
     known: dict[Expr, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for s in self.states.values():
-            for x in s.operands:
-                if not self.whole(x):
-                    raise NotImplementedError(f"no Triton form in a scan for what {s.name} takes: {x}")
-
     def settle(self, targets: list[tuple[Buffer, Expr]]) -> None:
         """Gives every target its kernel."""
         for buffer, e in targets:
@@ -187,6 +201,8 @@ class _Scan:
 
     def share(self, e: Expr) -> bool:
         """Tells whether a value is linear in sums over the tile, so that each program may store its share."""
+        if self.axes.tile in e.dims:  # a program has no share of the others' elements
+            return False
         if e.op in ("contract", "sum", "readout") and e.attr("dim") == self.axes.tile:
             return all(map(self.whole, e.args)) and (self.axes.rows not in e.dims or self.sums(e) == 0)
         if e.op in ("add", "sub", "neg"):
