@@ -119,10 +119,9 @@ class _Printer:
                 if isinstance(s, Sweep) and s.label not in seen:
                     seen.add(s.label)
                     self.declare(s, members, built)
-        for name in self.sums():
-            dim = (self.sums()[name].dims or ("",))[0]
-            members.append(f"double* {name};")
-            built.append(f"{name} = a.doubles({_pad(dim)});")
+        lengths = {n: _pad((e.dims or ("",))[0]) for n, e in self.sums().items()}
+        members += [f"double* {name};" for name in lengths]
+        built += [f"{name} = a.doubles({length});" for name, length in lengths.items()]
         for name, length in self.matrices().items():
             members.append(f"float* sum_d{name}_;")
             built.append(f"sum_d{name}_ = a.floats({length});")
@@ -135,7 +134,7 @@ class _Printer:
         met = {f"met_{self.names[m.suffix]}": (m.suffix.dims or ("",))[0] for m in program.meetings}
         members += [f"double* {name};" for name in met]
         built += [f"{name} = a.doubles(keeps(z.T) * {_pad(dim)});" for name, dim in met.items()]
-        start += [f"memset(w.{name}, 0, 8 * {_pad((e.dims or ('',))[0])});" for name, e in self.sums().items()]
+        start += [f"memset(w.{name}, 0, 8 * {length});" for name, length in lengths.items()]
         start += [f"memset(w.{name}, 0, 8 * keeps(z.T) * {_pad(dim)});" for name, dim in met.items()]
         start += [self.load_param(n) for n in program.params]
         for step in program.once:
