@@ -169,6 +169,7 @@ class _Module:
                 called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
             if k.kind == "scan":
+                lines.append(f'B{k.tile} = B{k.tile} if "{place(k)}" in tuned else _scan_tile(B{k.tile}, {k.tile}, NSEQ * HV, device)')
                 rows = rows_of(k)
                 lines += [f"B{rows}, G{rows} = _tiles_of_rows({rows})"] if rows else []
                 lines.append(f"warps_{k.name} = _scan_warps(B{k.tile}{f' * B{rows}' if rows else ''})")

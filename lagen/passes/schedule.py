@@ -119,7 +119,8 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
         found.append(Tunable(CHUNK, tuple(lengths), most, taken))
     if plan.borders and of != "step":
         found.append(Tunable(f"{of} segment", (0, 1, 8, 32, FUSED), 0, "chunks that one program runs through; 0: as the shape asks"))
-    found.append(Tunable(f"{of} warps", (0, 4, 8), 0, "warps of a program; 0: as its largest dim asks", static=False))
+    if not scanned:  # whose tile says how many
+        found.append(Tunable(f"{of} warps", (0, 4, 8), 0, "warps of a program; 0: as its largest dim asks", static=False))
     found.append(Tunable(f"{of} stages", tuple(sorted({1, 2, 3, stages})), stages, "chunks whose loads are under way", static=False))
     return Tunables(tuple(found), tuple(limits))
 
