@@ -107,6 +107,17 @@ def test_every_form_of_a_scan_gives_the_same(name: str) -> None:
         assert broken(judged(op, variant, case)) == []
 
 
+@pytest.mark.parametrize("name", ["simple_gla", "kda", "rwkv7", "comba", "gated_oja", "gated_deltaproduct"])
+def test_several_tiles_give_the_recurrence(name: str) -> None:
+    variant = read(PATHS[name])
+    op = lagen.load(variant)
+    dims = tuple((d, size) for d, size in (("K", 33), ("V", 20)))
+    case = cases.make(variant, Extent(variant.chunk_default + 3, batch=1, heads=1, dims=dims), carried=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module_of(op), "_tiles", lambda target, chunk, itemsize: (chunk, 16, 4, 1))
+        assert broken(judged(op, variant, case)) == []
+
+
 @pytest.mark.parametrize("name", ["gla", "mamba2"])
 def test_half_precision_is_no_worse_than_the_recurrence(name: str) -> None:
     variant = read(PATHS[name])

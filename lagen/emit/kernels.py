@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from lagen.emit.arrange import arranged
 from lagen.emit.peaks import next_peak, store_before
 from lagen.emit.statements import Statements, Tile
 from lagen.emit.step_statements import StepStatements
@@ -288,7 +289,8 @@ class KernelPrinter:
         news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
         for store in self.kernel.stores:
             self.store(store)
-        lines = [*out.lines, *(f"b_{h.carry.state} = {new}" for h, new in news)]
+        body = arranged(out.lines, self.kernel.tile) if self.kernel.parallel else out.lines
+        lines = [*body, *(f"b_{h.carry.state} = {new}" for h, new in news)]
         for hold in self.kernel.holds:
             if not hold.sink.startswith("border_"):
                 self.finish(hold)
@@ -325,7 +327,8 @@ class KernelPrinter:
         """Prints the load of a carry that is kept as the chunk begins."""
         at, mask = self.marked(hold.source, hold.carry), self.out.mask(tile.axes)
         load = f"tl.load({at}, mask={mask}, other=0.0)" if mask else f"tl.load({at})"
-        self.out.lines.append(f"{tile.text} = {load}")
+        shape = ", ".join(f"B{a}" for a in tile.axes)
+        self.out.lines.append(f"{tile.text} = {load}  # [{shape}]" if len(tile.axes) == 2 else f"{tile.text} = {load}")
         raw = Tile(tile.text, tile.axes, raw=True)
         self.out.tiles |= {hold.carry.value: raw, Expr("cast", (hold.carry.value,), dims=hold.carry.value.dims): raw}
 

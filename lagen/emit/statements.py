@@ -30,7 +30,7 @@ class Tile:
 
 def zero_preserving(n: Expr) -> bool:
     """Tells whether a value is surely 0 on padding rows and lanes, given that loads are."""
-    if n.op in ("input", "stored", "lead", "follows"):
+    if n.op in ("input", "stored", "lead", "follows", "diag"):
         return n.token
     if n.op == "const":
         return n.value == 0.0
@@ -273,12 +273,21 @@ class Statements:
         for pair in ((a, b), (b, a)):
             scores = Expr("gram", pair, dims=(COL,), token=True)
             if scores in self.uses and self.rows:  # the pair scores are at hand: take their diagonal
-                return self.let("b_d", f"tl.sum(tl.where(o_t[:, None] == o_t[None, :], {self.tile(scores).text}, 0.0), axis=1)", (ROW,))
+                return self.diagonal(scores)
         full = (ROW, *a.dims) if self.rows and (a.token or b.token) else a.dims
         clean, other = (a, b) if zero_preserving(a) else (b, a)
         left = self.spread(self.guarded(clean), full)
         right = self.spread(self.wide(other) if finite(other) else self.guarded(other), full)
         return self.let("b_d", f"tl.sum({left} * {right}, axis={len(full) - 1})", full[:-1])
+
+    def diagonal(self, scores: Expr) -> Tile:
+        """Prints what every token scores with itself."""
+        return self.let("b_d", f"tl.sum(tl.where(o_t[:, None] == o_t[None, :], {self.wide(scores).text}, 0.0), axis=1)", (ROW,))
+
+    def make_diag(self, n: Expr) -> Tile:
+        """Prints the diagonal of stored pair scores, whichever way they are loaded."""
+        flipped = Expr("flip", n.args, dims=(COL,), token=True)
+        return self.diagonal(flipped if flipped in self.uses else n.args[0])
 
     def make_sum(self, n: Expr) -> Tile:
         """Prints a sum over a vector."""

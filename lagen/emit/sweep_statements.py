@@ -33,6 +33,13 @@ class SweepStatements(Statements):
         met = self.let("b_M", text, (ROW, COL))
         return self.let("b_spans", f"lg_spans({total.text}, {carried.text}, {met.text}, BT, DT, PRECISION)", (ROW,))
 
+    def make_contract(self, n: Expr) -> Tile:
+        """Prints an inner product; where a program has one chunk, of loaded vectors by a matmul: as products they would not fit."""
+        a, b = n.args
+        if self.kernel.parallel and a.dims != (self.kernel.tile,) and all(x.op in ("input", "stored", "lead") and x.token for x in n.args):
+            return self.diagonal(Expr("gram", (a, b), dims=(COL,), token=True))
+        return super().make_contract(n)
+
     def make_peak(self, n: Expr) -> Tile:
         """Prints a running maximum at every token."""
         return peak_tile(self, n)

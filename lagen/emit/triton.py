@@ -19,7 +19,7 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
-from lagen.passes.schedule import longest, place, tiles, widest
+from lagen.passes.schedule import is_narrow, longest, place, tiles, widest
 
 _CALLS = {
     "lg_gram": ("lg_reach", "lg_decay"),
@@ -163,6 +163,7 @@ class _Module:
         for k in kernels:
             whole = [f"_block({d})" for d in self.kernel_dims(k) if d != k.tile]
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
+            most = "16" if is_narrow(k) else most
             if k.kind == "chunks" and k.tile:
                 lines.append(f'BT, B{k.tile}_chunk = _config(tuned, chunk, "{place(k)}", {k.tile}, 16, {size}, {cap[place(k)]})[:2]')
             elif k.runs or k.kind == "step":

@@ -11,6 +11,7 @@ ir/expr.py there are:
     pairs(g)     exp(b_i - b_j) where j <= i, else 0 (strict: j < i; reverse: rows are the earlier tokens)        [C, C]
     gram(r, n)   r n^T over X; with a gate on X each term carries exp(b_i - b_j) (dyadic anchors)                 [C, C]
     flip(A)                  pair scores with rows and columns exchanged                                          [C, C]
+    diag(A)                  what each token scores with itself                                                   [C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     twins(a, b, r, w, g)     the table a b^T of readers and earlier writers: its own(..) is what readers sum of
                              w, led(..) what writers sum of r, both under exp(b_i - b_j), in the same matmuls     [C, Y]
@@ -43,7 +44,7 @@ ROW, COL = "@", "#"
 """The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
 TILE_OPS = (
-    *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans"),
+    *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans", "diag"),
     *("weigh", "inverse", "compose", "twins", "own", "led"),
 )
 

@@ -51,6 +51,11 @@ def longest(kernels: Sequence[Kernel], chunk: int) -> int:
     return min(chunk, 8 if values > _SCANNED else 16) if scans else chunk
 
 
+def is_narrow(k: Kernel) -> bool:
+    """Tells whether a kernel runs on 4 warps at any size: beside the tables of its pairs, of which every 4 warps hold all rows."""
+    return k.parallel and any(n.op == "mix" and len(n.args) == 3 and n.dims for n in walk(*k.values))
+
+
 def tiles(target: str, chunk: int, itemsize: int) -> tuple[int, int, int, int]:
     """Returns chunk, tile on the grid, warps and stages where nothing was chosen."""
     # what compiles without spills at 128 x 128 in bf16 (chunks of 64 fill a wgmma)

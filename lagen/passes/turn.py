@@ -17,24 +17,30 @@ from lagen.ir.plan import Kernel
 
 def turn(kernel: Kernel) -> Kernel:
     """Rewrites the reverse pair sums of ``kernel`` over the weights of its forward ones, where those are the same pairs."""
-    mixes = [n for n in dict.fromkeys(walk(*kernel.values)) if n.op == "mix" and len(n.args) == 3 and n.args[2].dims]
-    ahead = [n for n in mixes if n.args[1].op == "pairs" and n.args[1].attr("reverse") == "0"]
-
-    def rule(n: Expr) -> Expr | None:
-        if n not in mixes or n.args[1].op != "pairs" or n.args[1].attr("reverse") == "0":
-            return None
+    mixes = [n for n in dict.fromkeys(walk(*kernel.values)) if n.op == "mix" and len(n.args) == 3 and n.args[1].op == "pairs"]
+    ahead = {n: _bare(n) for n in mixes if n.args[1].attr("reverse") == "0" and n.args[2].dims}
+    table: dict[Expr, Expr] = {}
+    for n in mixes:
         weights, pairs, far = n.args
-        way = tuple((k, "0" if k == "reverse" else v) for k, v in pairs.attrs)
+        if pairs.attr("reverse") == "0" or not far.dims:
+            continue
+        met = replace(pairs, attrs=tuple((k, "0" if k == "reverse" else v) for k, v in pairs.attrs), _hash=0)
         turned = Counter(f for a in _factors(weights) for f in _factors(_turned(a)))
-        for m in ahead:
-            rest = turned - Counter(_factors(m.args[0]))
-            if m.args[1] == replace(pairs, attrs=way, _hash=0) and rest + Counter(_factors(m.args[0])) == turned and _numbers(rest):
-                table = Expr("weigh", m.args[:2], dims=(COL,), token=True)
-                flipped = Expr("flip", (table,), dims=(COL,), token=True)
-                return replace(n, args=(flipped, E.ONE, E.mul(*rest.elements(), E.rewrite(far, rule))), _hash=0)
-        return None
+        for m, bare in ahead.items():
+            known = Counter(_factors(bare.args[0]))
+            if bare.args[1] == met and known <= turned and _numbers(turned - known):
+                flipped = Expr("flip", (Expr("weigh", bare.args[:2], dims=(COL,), token=True),), dims=(COL,), token=True)
+                table[n] = replace(n, args=(flipped, E.ONE, E.mul(*(turned - known).elements(), far)), _hash=0)
+                table[m] = bare
+                break
+    return kernel.map(lambda e: E.substitute(e, table))
 
-    return kernel.map(lambda e: E.rewrite(e, rule))
+
+def _bare(n: Expr) -> Expr:
+    """Moves the numbers of writers from the weights of a pair sum to the vectors that it mixes."""
+    factors = _factors(n.args[0])
+    columns = [f.args[0] for f in factors if f.op == "col"]
+    return replace(n, args=(E.mul(*(f for f in factors if f.op != "col")), n.args[1], E.mul(*columns, n.args[2])), _hash=0)
 
 
 def _factors(weights: Expr) -> list[Expr]:

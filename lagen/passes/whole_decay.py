@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lagen.ir.chunk import SQUARES, TILE_OPS, is_square
-from lagen.ir.expr import LEAVES, ONE, Expr, addends, substitute, walk
+from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
 from lagen.passes.pair_sums import is_pair_sum, partners
@@ -122,6 +122,17 @@ def others(stored: dict[Expr, Buffer], k: Kernel) -> dict[Expr, Buffer]:
 
 
 def load(k: Kernel, stored: dict[Expr, Buffer]) -> Kernel:
-    """Lets a kernel load what is stored instead of computing it."""
+    """Lets a kernel load what is stored instead of computing it; what a token scores with itself stands in the scores that it loads."""
     table = {n: b.leaf for n, b in stored.items()}
-    return k.map(lambda e: substitute(e, table))
+    made = k.map(lambda e: substitute(e, table))
+    loaded = set(walk(*made.values))
+    own = {pair: Expr("diag", (b.leaf,), token=True) for n, b in stored.items() if b.leaf in loaded for pair in _own(n)}
+    return made.map(lambda e: substitute(e, own))
+
+
+def _own(scores: Expr) -> tuple[Expr, ...]:
+    """Lists the inner products that stand on the diagonal of scores under decay."""
+    if scores.op != "gram" or len(scores.args) != 3 or scores.attr("prev") == "1":
+        return ()
+    a, b, _ = scores.args
+    return contract(a, b), contract(b, a)
