@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import lagen
 from lagen import data
 from lagen.cli_compile import minimum
+from lagen.emit.triton import render_triton
+from lagen.ir import expr as E
 from lagen.ir.plan import Plan
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
+from lagen.passes.logs import compared
 from lagen.passes.plan import plan
 from lagen.runtime.launches import Shape, gather
 from lagen.spec import read, read_text
@@ -79,6 +84,20 @@ def test_a_dense_decay_beside_a_matrix_that_pairs_carry_has_no_kernels() -> None
     with pytest.raises(NotImplementedError, match="no Triton form for the dense decay of S beside R"):
         plan(recurrence, differentiate(recurrence))
     assert "triton" not in lagen.load(variant).backends
+
+
+def test_no_logarithm_is_taken_of_a_decay_that_is_given_as_a_factor() -> None:
+    recurrence = canonicalise(read(data.spec("longhorn")))
+    assert "tl.log(" not in render_triton(recurrence, differentiate(recurrence))
+
+
+@pytest.mark.parametrize(("log", "of"), [("log", torch.log), ("logsigmoid", torch.nn.functional.logsigmoid)])
+def test_a_comparison_of_a_logarithm_is_one_of_its_argument(log: str, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    bare = compared(E.call("lt", E.call(log, E.leaf("input", "x", (), token=True)), E.const(-41.5)))
+    assert bare.op == "lt" and bare.args[0].op == "input"
+    edge = bare.args[1].value
+    x = torch.tensor([edge - 1e-3 * abs(edge), edge + 1e-3 * abs(edge)], dtype=torch.float64)
+    assert (of(x) < -41.5).tolist() == (x < edge).tolist() == [True, False]
 
 
 @pytest.mark.slow

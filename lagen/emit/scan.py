@@ -18,6 +18,7 @@ from lagen.ir.chunk import ROW, Carry
 from lagen.ir.expr import Expr
 from lagen.ir.plan import Hold, Kernel, Store
 from lagen.ir.recurrence import Recurrence, State, Write
+from lagen.passes.logs import decay
 from lagen.passes.scans import row_sums
 
 
@@ -234,9 +235,8 @@ class ScanStatements(Statements):
         if key not in self.tiles:
             whole = g.token and self.axes(g) == axes
             mask = self.spread(Tile("m_t", (ROW,)), axes) if whole and finite(g) else self.mask(axes)
-            text = f"tl.exp({self.wide(g).text})"
-            text = text if self.axes(g) == axes else self.spread(Tile(text, self.axes(g)), axes)
-            self.tiles[key] = self.let(f"b_{s.name}_f", f"tl.where({mask}, {text}, 1.0)", axes)
+            factor = self.spread(self.wide(decay(g)), axes)
+            self.tiles[key] = self.let(f"b_{s.name}_f", f"tl.where({mask}, {factor}, 1.0)", axes)
         return self.tiles[key].text
 
     def written(self, s: State, axes: tuple[str, ...], stem: str, writes: list[Write]) -> str:

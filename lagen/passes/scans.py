@@ -21,6 +21,7 @@ from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.passes.chunk import sides
+from lagen.passes.logs import compared
 from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, token_kernels
 
 
@@ -67,6 +68,7 @@ def plan_scans(
 
     Raises NotImplementedError where a dense decay leaves no other way. ``taken`` are names that no buffer may have.
     """
+    adjoint = map_adjoint(adjoint, compared)
     saved = choose_saved(recurrence, adjoint, head, lambda n: bool(n.attr("dim")))
     adjoint = map_adjoint(adjoint, lambda e: E.substitute(e, {n: b.leaf for n, b in saved.items()}))
     taken = taken | {b.name for b in saved.values()}
