@@ -19,7 +19,7 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
-from lagen.passes.schedule import is_narrow, longest, place, tiles, widest
+from lagen.passes.schedule import default_chunk, held_whole, is_narrow, place, tiles, widest
 
 _CALLS = {
     "lg_gram": ("lg_reach", "lg_decay"),
@@ -52,7 +52,7 @@ class _Module:
         self.exact = frozenset(b.name for b in buffers if b.dtype == "float32") | {f"total_{s.name}" for s in plan.states}
         self.heads |= {f"total_{s.name}": s.head for s in plan.states if not s.causal}
         self.dims = tuple(dict.fromkeys(d for t in self.tensors for d in t.dims))
-        self.chunk = longest(plan.forward + plan.backward, recurrence.chunk_default)
+        self.chunk = default_chunk(plan.forward + plan.backward, recurrence.chunk_default)
 
     def render(self) -> str:
         """Prints device functions, kernels, launchers."""
@@ -155,7 +155,6 @@ class _Module:
 
     def tiles(self, kernels: list[Kernel], pass_: str) -> list[str]:
         """Prints the configuration of a pass: one chunk, one tile per dim on the grid (tiles share sums), blocks of whole dims."""
-        size = f"{self.r.inputs[0].name}.element_size()"
         cap = widest(kernels)
         held = dict.fromkeys(d for k in kernels if k.kind != "tokens" for d in self.kernel_dims(k) if d != k.tile)
         fits = [f"_fits({', '.join(f'{d}={d}' for d in held)})"] if held else []
@@ -165,9 +164,9 @@ class _Module:
             most = f"max({', '.join(whole)})" if len(whole) > 1 else (whole or ["16"])[0]
             most = "16" if is_narrow(k) else most
             if k.kind == "chunks" and k.tile:
-                lines.append(f'BT, B{k.tile}_chunk = _config(tuned, chunk, "{place(k)}", {k.tile}, 16, {size}, {cap[place(k)]})[:2]')
+                lines.append(f'BT, B{k.tile}_chunk = _config(tuned, rule, "{place(k)}", {k.tile}, 16, {cap[place(k)]})[:2]')
             elif k.runs or k.kind == "step":
-                called = f'_config(tuned, chunk, "{place(k)}", {k.tile or 16}, {most}, {size}, {cap.get(place(k), 64)})'
+                called = f'_config(tuned, rule, "{place(k)}", {k.tile or 16}, {most}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
             if k.kind == "scan":
                 lines.append(f'B{k.tile} = B{k.tile} if "{place(k)}" in tuned else _scan_tile(B{k.tile}, {k.tile}, NSEQ * HV, device)')
@@ -177,7 +176,9 @@ class _Module:
         if not lines:
             return [*fits, f"BT = {self.chunk}"]
         dims = "".join(f'("{d}", {d}), ' for d in self.dims if d not in dict(self.r.sizes)).rstrip()
-        return [*fits, f'tuned, chunk = _tuned("{pass_}", dtype, ({dims}), {"1" if pass_ == "step" else "T"}, B * HV)', *lines]
+        sides = held_whole(self.plan)
+        longest = f"max({', '.join(sides)})" if len(sides) > 1 else (sides or ("1",))[0]
+        return [*fits, f'tuned, rule = _tuned("{pass_}", dtype, ({dims}), {"1" if pass_ == "step" else "T"}, B * HV, {longest})', *lines]
 
     def kernel_dims(self, k: Kernel) -> tuple[str, ...]:
         """Lists a kernel's dims."""

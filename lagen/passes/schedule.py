@@ -44,7 +44,7 @@ def widest_tile(k: Kernel) -> int:
     return 64 if matrices <= 1 and len(operands) <= _OPERANDS and tables <= 1 else 32
 
 
-def longest(kernels: Sequence[Kernel], chunk: int) -> int:
+def default_chunk(kernels: Sequence[Kernel], chunk: int) -> int:
     """Returns the default chunk of a variant's ``kernels``: a scan's tokens lie in the registers of one thread."""
     scans = [k for k in kernels if k.kind == "scan"]
     values = max((len({n for n in walk(*k.values) if n.dims}) for k in scans), default=0)
@@ -56,21 +56,30 @@ def is_narrow(k: Kernel) -> bool:
     return k.parallel and any(n.op == "mix" and len(n.args) == 3 and n.dims for n in walk(*k.values))
 
 
-def tiles(target: str, chunk: int, itemsize: int) -> tuple[int, int, int, int]:
-    """Returns chunk, tile on the grid, warps and stages where nothing was chosen."""
+def tiles(target: str, chunk: int, itemsize: int, longest: int) -> tuple[int, int, int, int]:
+    """Returns chunk, tile on the grid, warps and stages where nothing was chosen; ``longest`` is the longest dim held whole."""
     # what compiles without spills at 128 x 128 in bf16 (chunks of 64 fill a wgmma)
     table = {
         "cuda:90": (64, 64, 8, 2),
         "cuda:100": (64, 64, 8, 2),
-        "cuda:120": (32, 32, 8, 2),
-        "cuda": (32, 32, 4, 2),
+        "cuda:120": (16, 32, 8, 2),
+        "cuda": (32, 32, 8, 2),
         "hip": (32, 32, 4, 1),
         "interpreter": (64, 64, 4, 1),
     }
-    most, tile, warps, stages = table.get(target) or table[target.split(":")[0]]
-    if itemsize > 2 and target != "interpreter":
-        most, tile, stages = min(most, 32), 32, 1
+    name = target if target in table else target.split(":")[0]
+    most, tile, warps, stages = table[name]
+    if longest > 128 and name in ("cuda", "cuda:120"):
+        most, tile, stages = 16, 16, 1
+    if itemsize > 2 and name != "interpreter":
+        most, tile, stages = min(most, 32), min(tile, 32), 1
     return min(chunk, most), tile, warps, stages
+
+
+def held_whole(plan: Plan) -> tuple[str, ...]:
+    """Lists the dims of states that kernels hold whole beside a tile of another."""
+    carried = ((k, d) for k in plan.forward + plan.backward for h in k.holds for d in (h.carry.x, h.carry.y))
+    return tuple(dict.fromkeys(d for k, d in carried if d and d != k.tile))
 
 
 def place(k: Kernel) -> str:
@@ -106,7 +115,8 @@ def tunables(plan: Plan, of: str, target: str, chunks: Sequence[int], chunk: int
     if not scans:
         return Tunables(())
     scanned = any(k.kind == "scan" for k in scans)
-    most, tile, _, stages = tiles(target, longest(plan.forward + plan.backward, chunk), itemsize)
+    whole = max((sizes[d] for d in held_whole(plan)), default=1)
+    most, tile, _, stages = tiles(target, default_chunk(plan.forward + plan.backward, chunk), itemsize, whole)
     found: list[Tunable] = []
     limits: list[AtMost] = []
     for where, cap in widest(kernels).items():

@@ -100,9 +100,10 @@ def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
             continue
         more = [s, *([led[s.value]] if s.value in led else [])]  # pair sums of one table are one matmul
         grown = [*groups[-1], *more]
-        sums = [addends(x.value)[-1] for x in grown if is_pair_sum(x.value)]
+        values = [addends(x.value)[-1] if is_pair_sum(x.value) else x.value for x in grown]
+        sums = [v for v in values if is_pair_sum(v)]
         kinds = {n.attr("prev") for n in sums}  # each has exponents of its own
-        operands = {n for n in walk(*(sums or [x.value for x in grown])) if n.op in LEAVES and n.dims}
+        operands = {n for n in walk(*values) if n.op in LEAVES and n.dims}
         most = 4 if {"gram", "mul"} <= {x.value.op for x in groups[-1]} else 5
         if sums and (len(sums) > 2 or len(kinds) > 1 or len(operands) > most) and groups[-1]:
             groups.append(more)

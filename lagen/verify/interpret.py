@@ -8,6 +8,7 @@ after number: the same results, in a fraction of the time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,8 +56,13 @@ def _scan(self: Any, given: Any) -> list[Any]:
         made = self.combine_fn.fn(*met[-1], *values) if met else values
         met.append(made if isinstance(made, tuple) else (made,))
     shape = tiles[0][0].shape
-    whole = (np.stack([np.broadcast_to(x.handle.data, shape) for x in rows]) for rows in zip(*met, strict=True))
+    whole = (np.stack([_shaped(x.handle.data, shape) for x in rows]) for rows in zip(*met, strict=True))
     return [self.to_tensor(np.ascontiguousarray(np.moveaxis(w, 0, self.axis)), kind) for w, kind in zip(whole, kinds, strict=True)]
+
+
+def _shaped(row: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Returns a row of a scan in its shape; of a tile with one axis it is a number."""
+    return np.reshape(row, shape) if row.size == math.prod(shape) else np.broadcast_to(row, shape)
 
 
 @contextmanager
