@@ -34,7 +34,7 @@ def _factors(e: Expr) -> list[Expr]:
 
 def _apart(e: Expr) -> _Sum | None:
     """Takes a pair sum apart; None where it is none under a vector decay, or takes tokens themselves in."""
-    if e.op != "mix" or len(e.args) != 4 or e.attr("inclusive") == "1":
+    if e.op != "mix" or len(e.args) != 4 or e.attr("inclusive") == "1" or e.args[1].args:  # a second decay weighs each side's pairs
         return None
     factors = _factors(e.args[0])
     tables = [f for f in factors if f.op == "gram" and len(f.args) == 2]
