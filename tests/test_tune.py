@@ -316,9 +316,9 @@ def test_a_job_is_text_and_back() -> None:
 
 def test_run_writes_entries_that_say_how_they_were_found(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = run(quick_job(), Budget(12), judge=Measure(quick_job(), 20.0, 3, QUICK))
+    found = run(quick_job(), Budget(30), judge=Measure(quick_job(), 20.0, 3, QUICK))
     draw(found, tmp_path / "search.png")
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(found.proof, Timed) and found.chosen.table.get("forward tile", 16) == 32
     (entry,) = found.entries
-    assert entry.how == "measured" and entry.config.table["tile"] == 32 and entry.trials == 12 and entry.time < entry.default
+    assert entry.how == "measured" and entry.config.table["tile"] == 32 and entry.trials == 30 and entry.time < entry.default
