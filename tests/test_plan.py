@@ -99,6 +99,12 @@ def test_beside_a_sweep_that_solves_no_tile_is_swept_both_ways(name: str) -> Non
         late.verify()
 
 
+def test_pair_sums_that_are_taken_off_together_are_loaded_as_one() -> None:
+    (met,) = [k for k in plan_of("rwkv7").backward if k.parallel]
+    loaded = {n.name for n in walk(*met.values) if n.op == "stored" and n.name.startswith("pairs")}
+    assert len(loaded) == 5  # of reads and led reads, of both writes, and of the removal key's own read, which is taken off
+
+
 def test_both_directions_share_their_pair_weights_where_one_kernel_reads_them() -> None:
     (met,) = [k for k in plan_of("gated_deltanet").backward if k.parallel]
     mixes = {n for s in met.stores for n in walk(s.value) if n.op == "mix"}

@@ -57,11 +57,12 @@ def gather(sweeps: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Puts pair sums of one decay that are always added to each other into a sum of their own."""
     found: dict[Expr, set[frozenset[Expr]]] = {}
 
-    def groups(e: Expr) -> dict[Expr, list[Expr]]:
-        out: dict[Expr, list[Expr]] = {}
+    def groups(e: Expr) -> dict[tuple[Expr, bool], list[Expr]]:
+        out: dict[tuple[Expr, bool], list[Expr]] = {}  # by decay, and whether they are taken off
         for t in E.addends(e):
-            if t.op == "mix" and is_pair_sum(t):
-                out.setdefault(t.args[3], []).append(t)
+            m = t.args[0] if t.op == "neg" else t
+            if m.op == "mix" and is_pair_sum(m):
+                out.setdefault((m.args[3], t.op == "neg"), []).append(m)
         return out
 
     def note(e: Expr) -> None:
@@ -70,7 +71,7 @@ def gather(sweeps: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
             for t in group:
                 found.setdefault(t, set()).add(frozenset(group))
         for t in E.addends(e):
-            for a in t.args:
+            for a in t.args if t.op != "neg" else t.args[0].args:
                 note(a)
 
     for v in (v for k in sweeps for v in k.values):
@@ -80,9 +81,11 @@ def gather(sweeps: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
         if e.op not in ("add", "sub"):
             return None
         terms, changed = E.addends(e), False
-        for group in groups(e).values():
+        for (_, off), group in groups(e).items():
             if len(group) > 1 and len(set(group)) == len(group) and all(found[t] == {frozenset(group)} for t in group):
-                terms = [*(t for t in terms if t not in group), E.add(*sorted(group, key=order.__getitem__))]
+                total = E.add(*sorted(group, key=order.__getitem__))
+                rest = [t for t in terms if (t.args[0] if off and t.op == "neg" else t) not in group]
+                terms = [*rest, E.neg(total) if off else total]
                 changed = True
         return E.add(*(E.rewrite(t, rule) if t.op != "mix" and not is_pair_sum(t) else t for t in terms)) if changed else None
 
