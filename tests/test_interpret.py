@@ -48,3 +48,14 @@ def test_scans_go_row_by_row(axis: int, reverse: bool) -> None:
     for t in reversed(range(8)) if reverse else range(8):
         state = a.select(axis, t) * state + b.select(axis, t)
         assert torch.allclose(o.select(axis, t), state, rtol=1e-6)
+
+
+def test_a_scan_of_numbers_takes_one_a_row() -> None:
+    a, b = torch.rand(2, 8)
+    o = torch.empty(8)
+    with faithful():
+        planted.scan_numbers_kernel[(1,)](a, b, o, C=8)
+    state = torch.zeros(())
+    for t in range(8):
+        state = a[t] * state + b[t]
+        assert torch.allclose(o[t], state, rtol=1e-6)

@@ -106,3 +106,9 @@ def scan_kernel(a, b, o, C: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.conste
     i_c = tl.arange(0, C)
     i_cc = i_c[:, None] * C + i_c[None, :]
     tl.store(o + i_cc, tl.associative_scan((tl.load(a + i_cc), tl.load(b + i_cc)), AXIS, _affine, reverse=REVERSE)[1])
+
+
+@triton.jit
+def scan_numbers_kernel(a, b, o, C: tl.constexpr):
+    i_c = tl.arange(0, C)
+    tl.store(o + i_c, tl.associative_scan((tl.load(a + i_c), tl.load(b + i_c)), 0, _affine)[1])
