@@ -48,3 +48,12 @@ def test_carried_states_compile(name: str) -> None:
     plain, carried = (kernels(name, "cuda:90", states) for states in (False, True))
     assert {g.launch for g in plain} != {g.launch for g in carried}
     assert not [r.failure for r in compile_launches([g.launch for g in carried], workers=1) if r.failure]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2700)
+@pytest.mark.parametrize("name", ["delta_rule", "gated_deltanet", "comba", "kda", "gdn2", "gated_oja", "preconditioned_deltanet"])
+def test_delta_rules_do_not_spill(name: str) -> None:
+    found = gather(read(data.spec(name)), Shape(b=4, t=4096, h=16, k=128, v=128, dtype=torch.bfloat16), find("cuda:90"))
+    reports = compile_launches([g.launch for g in found], workers=1)
+    assert {r.kernel: r.spill_bytes for r in reports if r.spill_bytes or r.failure} == {}
