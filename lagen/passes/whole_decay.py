@@ -6,7 +6,7 @@ every tile would repeat them, and they would spill. So a launch of their own, pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lagen.ir.chunk import SQUARES, TILE_OPS, is_square
 from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, substitute, walk
@@ -92,24 +92,46 @@ def take_out(
 
 def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
     """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
-    groups: list[list[Store]] = [[s for s in stores if is_square(s.value)]]
+    groups = _scored([s for s in stores if is_square(s.value)])
     newest = {addends(s.value)[-1]: s for s in stores if is_pair_sum(s.value)}  # a longer sum goes on from a shorter one
     led = {newest[own].value: newest[writers] for own, writers in partners(newest)}
     for s in stores:
         if is_square(s.value) or s in led.values():
             continue
+        if not is_pair_sum(s.value):  # where what it takes is loaded already
+            needs = _loads([s.value])
+            next((g for g in groups if needs <= _loads([x.value for x in g])), groups[-1]).append(s)
+            continue
         more = [s, *([led[s.value]] if s.value in led else [])]  # pair sums of one table are one matmul
-        grown = [*groups[-1], *more]
-        values = [addends(x.value)[-1] if is_pair_sum(x.value) else x.value for x in grown]
+        values = [addends(x.value)[-1] if is_pair_sum(x.value) else x.value for x in [*groups[-1], *more]]
         sums = [v for v in values if is_pair_sum(v)]
         kinds = {n.attr("prev") for n in sums}  # each has exponents of its own
-        operands = {n for n in walk(*values) if n.op in LEAVES and n.dims}
         most = 4 if {"gram", "mul"} <= {x.value.op for x in groups[-1]} else 5
-        if sums and (len(sums) > 2 or len(kinds) > 1 or len(operands) > most) and groups[-1]:
+        if (len(sums) > 2 or len(kinds) > 1 or len(_loads(values)) > most) and groups[-1]:
             groups.append(more)
         else:
-            groups[-1] = grown
+            groups[-1] += more
     return [tuple(g) for g in groups if g]
+
+
+def _scored(squares: list[Store]) -> list[list[Store]]:
+    """Deals pair scores out to launches, two tables each, those of the same writers together."""
+
+    def tables(stores: Iterable[Store]) -> list[Expr]:
+        return [n for n in walk(*(s.value for s in stores)) if n.op == "gram" and _gate(n) is not None]
+
+    writers = [n.args[1] for n in tables(squares)]
+    out: list[list[Store]] = [[]]
+    for s in sorted(squares, key=lambda s: min([writers.index(n.args[1]) for n in tables([s])], default=0)):
+        if len(set(tables([*out[-1], s]))) > 2:
+            out.append([])
+        out[-1].append(s)
+    return out
+
+
+def _loads(values: Iterable[Expr]) -> set[Expr]:
+    """Returns the vectors that a launch loads for ``values``."""
+    return {n for n in walk(*values) if n.op in LEAVES and n.dims}
 
 
 def stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
