@@ -114,7 +114,7 @@ def test_several_tiles_give_the_recurrence(name: str) -> None:
     dims = tuple((d, size) for d, size in (("K", 33), ("V", 20)))
     case = cases.make(variant, Extent(variant.chunk_default + 3, batch=1, heads=1, dims=dims), carried=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_of(op), "_tiles", lambda target, chunk, itemsize: (chunk, 16, 4, 1))
+        patch.setattr(module_of(op), "_tiles", lambda target, chunk, itemsize, longest: (chunk, 16, 4, 1))
         assert broken(judged(op, variant, case)) == []
 
 
