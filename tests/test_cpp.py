@@ -416,6 +416,15 @@ def test_without_a_compiler_torch_serves_and_one_warning_says_so(monkeypatch: py
     assert len(told) == 1
 
 
+def test_large_memory_is_asked_to_have_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(cpp, "_madvise", lambda start, size, how: asked.append((start, size)) or 0)
+    small, large = cpp.roomy(torch.empty(1000)), cpp.roomy(torch.empty(1 << 21))
+    (start, size), end = asked[0], large.data_ptr() + large.numel() * 4
+    assert len(asked) == 1 and small.numel() == 1000
+    assert start % cpp.PAGE == 0 and large.data_ptr() <= start < large.data_ptr() + cpp.PAGE and start + size == end
+
+
 def test_a_file_that_does_not_compile_is_a_reason_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
     built = cpp.build("this is no C++\n", "broken")

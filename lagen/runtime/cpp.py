@@ -17,6 +17,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 NOTED = 256  # steps whose layout is remembered, by shapes
 NO_TENSOR = (0, 0, 0, 0, 0, 1, 0)
 LANES = 16  # slices are whole vectors of the widest machine
+LARGE, PAGE, HUGEPAGE = 1 << 22, 1 << 12, 14  # bytes from which a tensor's memory comes anew, of a page; what madvise calls a huge one
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,27 @@ def _compile(compiler: str, flags: Sequence[str], source: str, path: Path) -> st
             return next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:400] or "no reason given")
         os.replace(made, path)
     return ""
+
+
+def _libc() -> Callable[[int, int, int], int] | None:
+    """Returns the system's madvise, where it knows huge pages."""
+    if not sys.platform.startswith("linux"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
+
+
+_madvise = _libc()
+
+
+def roomy(x: Tensor) -> Tensor:
+    """Asks for huge pages under a tensor that was just made: where memory comes anew, each page of 4 KB costs as much as copying it."""
+    size = x.numel() * x.element_size()
+    if _madvise is not None and size >= LARGE:
+        start = -(-x.data_ptr() // PAGE) * PAGE
+        _madvise(start, x.data_ptr() + size - start, HUGEPAGE)
+    return x
 
 
 # ---- calling --------------------------------------------------------------------------------------------------------------------
@@ -295,7 +318,7 @@ class CppBackend:
             words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes), many=many)
         for a, x in zip(spec.params, params, strict=True):
             words += _words(a, x, heads, sizes, 0, held, split.stride(a, sizes))
-        outputs = tuple(first.new_empty(batch, time, *(sizes[d] for d in o.shape())) for o in spec.outputs)
+        outputs = tuple(roomy(first.new_empty(batch, time, *(sizes[d] for d in o.shape()))) for o in spec.outputs)
         for a, x in zip(spec.outputs, outputs, strict=True):
             words += _words(a, x, heads, sizes, 2, held, split.stride(a, sizes), many=many)
         finals = (
@@ -355,7 +378,7 @@ class CppBackend:
             front = split.lead(a)
             shared = sizes[a.head] != heads or not token or bool(front)
             shape = (*front, *lead, *((heads,) if shared else (sizes[a.head],) if a.head else ()), *(sizes[d] for d in a.dims))
-            d = x.new_empty(shape, dtype=torch.float32 if shared else x.dtype)
+            d = roomy(x.new_empty(shape, dtype=torch.float32 if shared else x.dtype))
             gradients.append(d)
             one, stride = (d[0], d[0].numel()) if front else (d, split.stride(a, sizes))
             words += _words(a, one, heads, sizes, len(lead), held, stride, wide=shared, many=many)
