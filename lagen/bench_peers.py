@@ -46,6 +46,13 @@ def _mamba2(f: Function, x: Named) -> Tensor:
     return f(x["x"], x["dt_raw"], -x["A_log"].exp(), x["B"], x["C"], 256, D=x["D"], dt_bias=x["dt_bias"], dt_softplus=True)
 
 
+def _mamba1(f: Function, x: Named) -> Tensor:
+    turned = (x[n].mT for n in ("x", "dt_raw"))
+    shared = (x[n].mT for n in ("B", "C"))
+    made = f(*turned, -x["A_log"].exp(), *shared, D=x["D"], delta_bias=x["dt_bias"], delta_softplus=True)
+    return (made[0] if isinstance(made, tuple) else made).mT
+
+
 def _ssd(f: Function, x: Named) -> Tensor:
     dt = torch.nn.functional.softplus(x["dt_raw"] + x["dt_bias"])
     shared = x["x"].shape[2] // x["B"].shape[2]
@@ -58,6 +65,8 @@ def _in_order(*names: str) -> Callable[[Function, Named], Tensor]:
 
 
 PEERS = (
+    Peer("transformers", "mamba1", "transformers.models.mamba.modeling_mamba", "mamba_selective_scan", _mamba1),
+    Peer("mamba_ssm", "mamba1", "mamba_ssm.ops.selective_scan_interface", "selective_scan_ref", _mamba1),
     Peer("transformers", "mamba2", "transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan", _mamba2),
     Peer(
         "transformers",
