@@ -37,6 +37,10 @@ OUTCOME = "outcome"
 """The attribute that a trial has once it is finished; a failed trial without one was lost."""
 
 
+LET_GO = 5.0
+"""Seconds that a killed tuner's lock may live on: in a child that was forked and has not begun its own program."""
+
+
 class Busy(Exception):
     """Says that another tuner keeps the journal."""
 
@@ -97,7 +101,7 @@ def opened(name: str, storage: str = "", seed: int | None = None) -> Iterator[St
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".tuner"))
     try:
-        with lock.acquire(timeout=0):
+        with lock.acquire(timeout=LET_GO):
             mend(path)
             study = _study(name, JournalStorage(JournalFileBackend(str(path), _Held())), seed)
             for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
