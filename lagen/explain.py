@@ -180,6 +180,11 @@ def _adjoint(made: Made) -> str:
     printer, lines = _printer(made.recurrence.states + a.states, made, roots)
     lines += [x for s in a.states for x in (*printer.solved(s), printer.state(s))]
     lines += [f"d{name} = {printer.text(e)}" for name, e in a.gradients]
+    lines += [
+        f"{s.name}: the gradient goes through the maximum, to its larger side; where what {s.name} shifts cancels, its parts add up to 0"
+        for s in made.recurrence.states
+        if s.peak
+    ]
     return _section("adjoint", lines)
 
 

@@ -76,3 +76,9 @@ def test_a_build_dumps_its_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_a_plan_says_which_form_a_scan_takes_and_why() -> None:
     text = explain(spec("retnet"), "plan")
     assert "segmented: 16 programs are too few for 132 processors" in text and "fused: 128 programs" in text
+
+
+def test_a_peaks_gradient_is_told() -> None:
+    told = explain(read(spec("rwkv4")), "adjoint")
+    assert "m: the gradient goes through the maximum, to its larger side" in told
+    assert "maximum" not in explain(read(spec("gla")), "adjoint")
