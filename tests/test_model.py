@@ -93,6 +93,17 @@ def test_programs_of_different_roles_are_counted_role_by_role() -> None:
     assert many.loads["q"] == pytest.approx(16, rel=0.02) and many.stores["k"] == pytest.approx(4 / 3, rel=0.02)
 
 
+def test_an_else_belongs_to_its_own_branch() -> None:
+    met, far = (count(ROLES).inner[0].trips, count(ROLES).inner[1].inner[0].trips)
+    nested = ROLES.replace("      scf.for", "      scf.if %near {\n        tt.store %q, %x : !tt.ptr<f32>\n      }\n      scf.for").replace(
+        "    scf.if %first", "    %near = arith.cmpi eq, %pid, %c1 : i32\n    scf.if %first"
+    )
+    inner, other = count(nested).inner
+    assert inner.trips == met and other.trips == ["sub", 1, met] and other.inner[0].trips == far
+    done = work(count(nested).to_json(), {"NY": 2, "T": 6}, 9)  # as without it, but for one program's store
+    assert done.loads == work(count(ROLES).to_json(), {"NY": 2, "T": 6}, 9).loads and done.stores["q"] == pytest.approx(4 / 9)
+
+
 def test_occupancy_and_bounds_follow_the_device() -> None:
     target = find("cuda:90")
     launch = describe("m", "k", {}, {}, 4, 2, target)

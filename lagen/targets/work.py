@@ -120,7 +120,6 @@ def count(ttir: str) -> Nest:
     top = Nest()
     stack = [top]
     closers: list[bool] = []  # for every open brace: whether it closes a nest
-    conditions: list[Formula] = []  # of branches; the last is that of the next else
     known: dict[str, Formula] = {}
     bases: dict[str, str] = {}
     for raw in ttir.splitlines():
@@ -139,14 +138,11 @@ def count(ttir: str) -> Nest:
             closers.append(True)
             continue
         if found and found[2] == "scf.if":
-            met = known.get(_NAME.findall(found[3])[0])
-            conditions.append(met)
-            _open(stack, closers, met)
+            _open(stack, closers, known.get(_NAME.findall(found[3])[0]))
             continue
         if line.startswith("} else {") and closers and closers[-1]:
-            stack.pop()
             closers.pop()
-            met = conditions[-1]
+            met = stack.pop().trips
             _open(stack, closers, None if met is None else ["sub", 1, met])
             continue
         if found and not line.startswith("tt.func"):
