@@ -470,7 +470,7 @@ class Statements:
         text = f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.gate(g)}, LEVELS, {flags}, BT, DT, PRECISION)"
         return self.let("b_o", text, axes)
 
-    def make_own(self, n: Expr) -> Tile:
+    def make_readers(self, n: Expr) -> Tile:
         """Prints the pair sums of both sides of a table; the other one's name is noted."""
         both = n.args[0]
         a, b, r, w, g = both.args
@@ -478,15 +478,15 @@ class Statements:
         table = self.let("b_P", f"tl.where(o_t[:, None] > o_t[None, :], {earlier.text}, {later.text}).to(DT)", (ROW, COL))
         axes = (ROW, *g.dims)
         self.prelude.add("lg_twins")
-        own, led = self.fresh("b_own"), self.fresh("b_led")
+        readers, writers = self.fresh("b_readers"), self.fresh("b_writers")
         vectors = ", ".join(self.spread(self.guarded(x, raw=True), axes) for x in (r, w))
         call = f"lg_twins({table.text}, {vectors}, {self.gate(g)}, LEVELS, {both.attr('prev') == '1'}, BT, DT, PRECISION)"
-        self.lines.append(f"{own}, {led} = {call}  # [BT, {', '.join(f'B{d}' for d in g.dims)}]")
-        tiles = {op: Tile(name, axes) for op, name in (("own", own), ("led", led))}
+        self.lines.append(f"{readers}, {writers} = {call}  # [BT, {', '.join(f'B{d}' for d in g.dims)}]")
+        tiles = {op: Tile(name, axes) for op, name in (("readers", readers), ("writers", writers))}
         self.tiles |= {replace(n, op=op): tile for op, tile in tiles.items()}
         return tiles[n.op]
 
-    make_led = make_own
+    make_writers = make_readers
 
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
         """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""

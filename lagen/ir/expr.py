@@ -359,6 +359,13 @@ def addends(e: Expr) -> list[Expr]:
     return [e]
 
 
+def factors(e: Expr) -> list[Expr]:
+    """Lists the factors of a product, -1 for a sign."""
+    if e.op == "neg":
+        return [const(-1.0), *factors(e.args[0])]
+    return [f for a in e.args for f in factors(a)] if e.op == "mul" else [e]
+
+
 def reads(root: Expr, *ops: str) -> tuple[Expr, ...]:
     """Returns the distinct nodes below ``root`` whose op is one of ``ops``, in operand order."""
     return tuple(n for n in walk(root) if n.op in ops)

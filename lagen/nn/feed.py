@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lagen.ir import expr as E
 from lagen.ir.expr import Expr, reads, walk
 from lagen.ir.roles import gate_inputs
 from lagen.ir.variant import Tensor as Declared
@@ -104,17 +105,13 @@ def product_bounds(variant: Variant) -> tuple[dict[str, float], dict[str, float]
         if fact.op not in ("lt", "le", "gt", "ge"):
             continue
         left, right = fact.args if fact.op in ("lt", "le") else fact.args[::-1]
-        factors = _factors(left)
+        factors = E.factors(left)
         vectors = [f.args[0].name for f in factors if f.op == "contract" and f.args[0] == f.args[1] and f.args[0].op == "input"]
         numbers = [f.name for f in factors if f.op == "input" and not f.dims]
         if vectors and right.op == "const":
             squares |= dict.fromkeys(vectors, 1.0 if numbers else right.value ** (1 / len(vectors)))
             highs |= dict.fromkeys(numbers, right.value / 2)
     return squares, highs
-
-
-def _factors(e: Expr) -> list[Expr]:
-    return [f for a in e.args for f in _factors(a)] if e.op == "mul" else [e]
 
 
 def _leaf(e: Expr, name: str) -> bool:

@@ -25,20 +25,13 @@ class _Sum(NamedTuple):
     vector: Expr
 
 
-def _factors(e: Expr) -> list[Expr]:
-    """Lists the factors of a product."""
-    if e.op == "neg":
-        return [E.const(-1.0), *_factors(e.args[0])]
-    return [f for a in e.args for f in _factors(a)] if e.op == "mul" else [e]
-
-
 def _apart(e: Expr) -> _Sum | None:
     """Takes a pair sum apart; None where it is none under a vector decay, or takes tokens themselves in."""
     if e.op != "mix" or len(e.args) != 4 or e.attr("inclusive") == "1" or e.args[1].args:  # a second decay weighs each side's pairs
         return None
-    factors = _factors(e.args[0])
+    factors = E.factors(e.args[0])
     tables = [f for f in factors if f.op == "gram" and len(f.args) == 2]
-    columns = [x for f in factors if f.op == "col" for x in _factors(f.args[0])]
+    columns = [x for f in factors if f.op == "col" for x in E.factors(f.args[0])]
     rows = [f for f in factors if COL not in f.dims]
     if len(tables) != 1 or len(factors) != len(rows) + 1 + sum(f.op == "col" for f in factors):
         return None
@@ -96,26 +89,24 @@ def gather(sweeps: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
 def partners(values: Iterable[Expr]) -> list[tuple[Expr, Expr]]:
     """Lists the pair sums of ``values`` that are of one table, readers' and writers'."""
     apart = {n: s for n in walk(*values) if (s := _apart(n)) is not None}
-    led: dict[Expr, Expr] = {}
+    found: dict[Expr, Expr] = {}
     for n, s in apart.items():
         for m, x in apart.items():
-            if s.reader and not x.reader and x.key == s.key and m not in led.values():
-                led[n] = m
+            if s.reader and not x.reader and x.key == s.key and m not in found.values():
+                found[n] = m
                 break
-    return list(led.items())
+    return list(found.items())
 
 
 def join(k: Kernel) -> Kernel:
-    """Joins the pair sums of a launch two by two: ``own`` is the readers' sum, ``led`` the writers'."""
+    """Joins the pair sums of a launch two by two: ``readers`` is what readers sum, ``writers`` what writers do."""
     table: dict[Expr, Expr] = {}
     for n, m in partners(k.values):
         reader, writer = _apart(n), _apart(m)
         assert reader is not None and writer is not None
         gate, prev, a, b = reader.key
-        both = Expr(
-            "twins", (a, b, writer.vector, reader.vector, gate), dims=n.dims, head=n.head, token=True, attrs=(("prev", prev),)
-        )
+        both = Expr("twins", (a, b, writer.vector, reader.vector, gate), dims=n.dims, head=n.head, token=True, attrs=(("prev", prev),))
         table[n], table[m] = (
-            E.mul(s.row, Expr(op, (both,), dims=n.dims, head=n.head, token=True)) for op, s in (("own", reader), ("led", writer))
+            E.mul(s.row, Expr(op, (both,), dims=n.dims, head=n.head, token=True)) for op, s in (("readers", reader), ("writers", writer))
         )
     return k.map(lambda e: E.substitute(e, table))

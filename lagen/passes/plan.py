@@ -463,11 +463,11 @@ class _Pass:
         matrices = {d for s in self.states.values() if len(s.dims) == 2 for d in s.dims}
         vectors = {s.dims[0] for s in self.states.values() if len(s.dims) == 1} - matrices
         finish = token_kernels(f"{self.name}_finish", self.finish, "what needs several sweeps, or sums over their tiles", vectors)
-        sweeps = self.scans(ends, frozenset(), set(sunk))
+        sweeps = self.sweep_kernels(ends, frozenset(), set(sunk))
         circular = frozenset(k.tile_key for k in in_circles(sweeps))
-        return (*sums, *beside(in_order(self.scans(ends, circular, sunk)), self.name), *finish)
+        return (*sums, *beside(in_order(self.sweep_kernels(ends, circular, sunk)), self.name), *finish)
 
-    def scans(self, ends: dict[str, tuple[str, str]], split: frozenset[Key], sunk: set[str]) -> tuple[Kernel, ...]:
+    def sweep_kernels(self, ends: dict[str, tuple[str, str]], split: frozenset[Key], sunk: set[str]) -> tuple[Kernel, ...]:
         """Makes the sweeps; those of ``split`` solve in a launch of their own."""
         out: list[Kernel] = []
         keys = sorted({**self.sweeps, **{k: [] for k in self.marks.values()}}, key=lambda k: k[0])

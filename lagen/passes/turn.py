@@ -25,9 +25,9 @@ def turn(kernel: Kernel) -> Kernel:
         if pairs.attr("reverse") == "0" or not far.dims:
             continue
         met = replace(pairs, attrs=tuple((k, "0" if k == "reverse" else v) for k, v in pairs.attrs), _hash=0)
-        turned = Counter(f for a in _factors(weights) for f in _factors(_turned(a)))
+        turned = Counter(f for a in E.factors(weights) for f in E.factors(_turned(a)))
         for m, bare in ahead.items():
-            known = Counter(_factors(bare.args[0]))
+            known = Counter(E.factors(bare.args[0]))
             if bare.args[1] == met and known <= turned and _numbers(turned - known):
                 flipped = Expr("flip", (Expr("weigh", bare.args[:2], dims=(COL,), token=True),), dims=(COL,), token=True)
                 table[n] = replace(n, args=(flipped, E.ONE, E.mul(*(turned - known).elements(), far)), _hash=0)
@@ -38,16 +38,9 @@ def turn(kernel: Kernel) -> Kernel:
 
 def _bare(n: Expr) -> Expr:
     """Moves the numbers of writers from the weights of a pair sum to the vectors that it mixes."""
-    factors = _factors(n.args[0])
+    factors = E.factors(n.args[0])
     columns = [f.args[0] for f in factors if f.op == "col"]
     return replace(n, args=(E.mul(*(f for f in factors if f.op != "col")), n.args[1], E.mul(*columns, n.args[2])), _hash=0)
-
-
-def _factors(weights: Expr) -> list[Expr]:
-    """Takes a product of scores and numbers apart."""
-    if weights.op == "mul":
-        return [f for a in weights.args for f in _factors(a)]
-    return [E.const(-1.0), *_factors(weights.args[0])] if weights.op == "neg" else [weights]
 
 
 def _turned(factor: Expr) -> Expr:
