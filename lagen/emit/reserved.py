@@ -30,8 +30,6 @@ _RESERVED = {
     "i_h",
     "i_hv",
     "i_s",
-}
-_RESERVED |= {
     "j",
     "ROWS",
     "i_y",
