@@ -97,9 +97,7 @@ def lower_readout(node: Expr, state: State, carry: Carry, without: frozenset[Exp
     return out
 
 
-def _weights(
-    vector: Expr, near: Expr, far: Expr, on_x: Expr | None, on_none: Expr | None, kind: dict[str, str]
-) -> tuple[Expr, Expr]:
+def _weights(vector: Expr, near: Expr, far: Expr, on_x: Expr | None, on_none: Expr | None, kind: dict[str, str]) -> tuple[Expr, Expr]:
     """Makes what tokens with ``vector`` read of writes along ``near`` with the number ``far``: weights, and the pairs that count."""
     (number, r), (n_near, v_near) = strip(vector), strip(near)
     written = E.mul(n_near, far)

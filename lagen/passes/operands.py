@@ -122,5 +122,3 @@ def token_kernels(name: str, stores: list[Store], why: str, wide: Iterable[str] 
             return (Kernel(name, "tokens", tuple(mine), why, d), *token_kernels(f"{name}_numbers", rest, why))
     sized = any(n.op in SIZED or (n.op == "contract" and n.dims) for s in stores for n in walk(s.value))
     return (Kernel(name, "torch" if sized else "tokens", tuple(stores), why + ("; sizes change: torch operations" if sized else "")),)
-
-

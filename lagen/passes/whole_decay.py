@@ -69,6 +69,7 @@ def take_out(
     for g in stores:
         stores[g] += [s for s in inverses if any(_gate(n) == g for n in walk(s.value) if n.op == "gram")]
     alone = tuple(s for s in inverses if not any(s in found for found in stores.values()))
+
     # under several decays pair sums take pair scores that another decay's launch stores: all scores come first
     def later(s: Store) -> tuple[bool, bool]:
         return not solved.isdisjoint(walk(s.value)), len(stores) > 1 and is_pair_sum(s.value)

@@ -92,12 +92,15 @@ def faithful() -> Iterator[None]:
         return plain["create_dot"](self, _wide(a), _wide(b), *rest)
 
     scans = mock.patch.object(interpreter.ScanOps, "generic_scan", _scan)
-    with scans, mock.patch.multiple(
-        builder,
-        unary_op=arithmetic("unary_op"),
-        binary_op=arithmetic("binary_op"),
-        ternary_op=arithmetic("ternary_op"),
-        cast_impl=cast,
-        create_dot=dot,
+    with (
+        scans,
+        mock.patch.multiple(
+            builder,
+            unary_op=arithmetic("unary_op"),
+            binary_op=arithmetic("binary_op"),
+            ternary_op=arithmetic("ternary_op"),
+            cast_impl=cast,
+            create_dot=dot,
+        ),
     ):
         yield
