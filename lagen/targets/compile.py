@@ -30,7 +30,7 @@ from lagen import data
 from lagen.targets.launch import FP_FUSION, Constant, Launch, describe
 from lagen.targets.target import Target
 
-FORM = 4
+FORM = 5
 """Of the remembered reports; a change of what they hold makes the old ones unread."""
 
 

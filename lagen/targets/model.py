@@ -16,7 +16,7 @@ from lagen.targets.launch import Launch
 from lagen.targets.target import Target
 from lagen.targets.work import Work, work
 
-VERSION = "model 2"
+VERSION = "model 3"
 
 REACHED = {"memory": 0.85, "L2": 0.7, "tensor": 0.7, "arithmetic": 0.6}
 """The share of a peak that a good kernel reaches; taken beforehand, not fitted."""
@@ -24,8 +24,8 @@ REACHED = {"memory": 0.85, "L2": 0.7, "tensor": 0.7, "arithmetic": 0.6}
 L2_FACTOR = 2.0
 """L2 bandwidth over memory bandwidth: 1.6 to 2.7 on the devices whose makers tell."""
 
-LANES, SPECIAL_LANES = 128, 16
-"""Results a clock of one processor: float or integer operations, and exp and the like."""
+LANES, SPECIAL_LANES, SHARED_LANES = 128, 16, 32
+"""Results a clock of one processor: float or integer operations, exp and the like, and words to or from shared memory."""
 
 LINK, TRIP = 150, 700
 """Clocks that a dot depends on the one before it, and that a trip of a loop waits for its loads where nothing overlaps."""
@@ -91,7 +91,7 @@ def model(launch: Launch, report: Report, target: Target) -> Modelled:
 
 
 def _clocks(done: Work) -> float:
-    return done.elements / LANES + done.special / SPECIAL_LANES + 2 * done.reduced / LANES
+    return done.elements / LANES + done.special / SPECIAL_LANES + 2 * done.reduced / LANES + 2 * done.gathered / SHARED_LANES
 
 
 def total(modelled: Sequence[Modelled]) -> float:

@@ -55,6 +55,7 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "eq": operator.eq,
     "ne": operator.ne,
 }
+_AMOUNTS = ("elements", "special", "reduced", "gathered")
 _COPIES = ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast")
 _POINTERS = ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast", "tt.reshape", "tt.trans", "ttg.convert_layout")
 _SPECIAL = (
@@ -89,6 +90,7 @@ class Nest:
     elements: int = 0  # results of element operations on floats and integers
     special: int = 0  # results of exp, log, division and the like
     reduced: int = 0  # elements that reductions and scans take
+    gathered: int = 0  # elements that are looked up in a tile, which goes through shared memory
     inner: list[Nest] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ class Work:
     elements: float
     special: float
     reduced: float
+    gathered: float
     dots: float
     chain: float
 
@@ -209,6 +212,8 @@ def _statement(nest: Nest, result: str, op: str, rest: str, known: dict[str, For
         nest.stores[bases.get(next((n for n in operands if n in bases), ""), "?")] += 4 * (tensors[0][0] if tensors else 1)
     elif op == "tt.dot":
         _dot(nest, rest)
+    elif op == "tt.gather":
+        nest.gathered += tensors[-1][0]
     elif tensors and result and op in _SPECIAL:
         nest.special += tensors[-1][0]
     elif tensors and result and not op.startswith(_FREE):
@@ -253,8 +258,8 @@ def work(nest: Mapping[str, Any], values: Mapping[str, int], programs: int = 1) 
         names = dict.fromkeys(name for w in done for name in getattr(w, group))
         return {name: sum(getattr(w, group).get(name, 0.0) for w in done) / len(done) for name in names}
 
-    elements, special, reduced = (sum(getattr(w, name) for w in done) / len(done) for name in ("elements", "special", "reduced"))
-    return Work(mean("loads"), mean("stores"), mean("flops"), elements, special, reduced, longest.dots, longest.chain)
+    amounts = {name: sum(getattr(w, name) for w in done) / len(done) for name in _AMOUNTS}
+    return Work(mean("loads"), mean("stores"), mean("flops"), **amounts, dots=longest.dots, chain=longest.chain)
 
 
 def _mentions(value: Any, name: str) -> bool:
@@ -276,7 +281,7 @@ def _one(nest: Mapping[str, Any], values: Mapping[str, int]) -> Work:
         for group, total in totals.items():
             for name, amount in n.get(group, {}).items():
                 total[name] = total.get(name, 0.0) + times * amount
-        for name in ("elements", "special", "reduced", "dots"):
+        for name in (*_AMOUNTS, "dots"):
             plain[name] = plain.get(name, 0.0) + times * n.get(name, 0)
         if n.get("loop"):
             plain["chain"] = plain.get("chain", 0.0) + times
@@ -284,5 +289,4 @@ def _one(nest: Mapping[str, Any], values: Mapping[str, int]) -> Work:
             descend(inner, times)
 
     descend(nest, 1.0)
-    elements, special, reduced, dots, chain = (plain.get(k, 0.0) for k in ("elements", "special", "reduced", "dots", "chain"))
-    return Work(totals["loads"], totals["stores"], totals["flops"], elements, special, reduced, dots, chain)
+    return Work(totals["loads"], totals["stores"], totals["flops"], **{k: plain.get(k, 0.0) for k in (*_AMOUNTS, "dots", "chain")})
