@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lagen.emit.arrange import arranged
+from lagen.emit.levels import beside, is_leveled, print_levels
 from lagen.emit.peaks import next_peak, store_before
 from lagen.emit.statements import Statements, Tile
 from lagen.emit.step_statements import StepStatements
@@ -537,13 +538,14 @@ class KernelPrinter:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
         out = self.out
         summed = [s for s in self.kernel.stores if is_square(s.value)]
-        grams = dict.fromkeys(n for s in summed for n in E.walk(s.value) if n.op == "gram" and len(n.args) == 3)
         names = {s.value: s.buffer.name for s in summed}
-        for gram in grams:
-            name = out.fresh(f"b_{names.get(gram, 'A')}")
-            self.before.append(f"{name} = tl.zeros([BT, BT], tl.float32)")
-            out.lines.append(f"{name} = {out.add_gram(gram, name)}")
-            out.tiles[gram] = Tile(name, (ROW, COL))
+        leveled = dict.fromkeys(n for n in E.walk(*self.kernel.values) if is_leveled(n))
+        grams = {n: out.fresh(f"b_{names.get(n, 'A')}") for n in leveled if n.op == "gram"}
+        self.before += [f"{name} = tl.zeros([BT, BT], tl.float32)" for name in grams.values()]
+        while leveled:  # a loop for those that need no other, then for those that need these
+            group = beside(next(iter(leveled)), leveled)
+            print_levels(out, group, grams)
+            leveled = {n: None for n in leveled if n not in group}
         for store in self.kernel.stores:
             if store in summed and grams:  # what is summed over the loop is stored after it
                 lines, out.lines = out.lines, []

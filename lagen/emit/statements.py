@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, ROW
@@ -333,10 +333,13 @@ class Statements:
         """Prints a log-decay on a dim, zero on padding."""
         return self.guarded(g).text
 
-    def between(self, first: str, end: str, g: Expr) -> str:
-        """Prints exp of the sum of a log-decay over the rows from first to before end: a matmul with zeros and ones, no cumsum."""
-        self.prelude.add("lg_decay")
-        return f"lg_decay({first}, {end}, {self.gate(g)}, BT, DT, PRECISION)"
+    def prefix(self, g: Expr) -> str:
+        """Prints the prefix sums of a log-decay on a dim."""
+        key = Expr("prefix", (g,), dims=g.dims, token=True)
+        if key not in self.tiles:
+            self.prelude.add("lg_sums")
+            self.tiles[key] = self.let("b_sums", f"lg_sums({self.gate(g)}, DT)", self.axes(g))
+        return self.tiles[key].text
 
     def total(self, g: Expr) -> tuple[Tile, Tile]:
         """Prints the sum of a log-decay over the chunk."""
@@ -358,15 +361,18 @@ class Statements:
     def make_start(self, n: Expr) -> Tile:
         """Prints the decay from the chunk's beginning to a token."""
         if n.dims:
-            end = "o_c" if n.attr("prev") == "1" else "o_c + 1"
-            return self.let("e_b", self.between("o_c * 0", end, n.args[0]), self.axes(n))
+            self.prelude.add("lg_start")
+            sums, prev = self.prefix(n.args[0]), n.attr("prev") == "1"
+            return self.let("e_b", f"lg_start({self.gate(n.args[0])}, {sums}, {prev}, BT, DT, PRECISION)", self.axes(n))
         h, low = self.reading(n.args[0], n.attr("prev") == "1")
         return self.let("e_b", f"tl.exp({h.text} + {low.text})", h.axes)
 
     def make_end(self, n: Expr) -> Tile:
         """Prints the decay from a token to the chunk's end."""
         if n.dims:
-            return self.let("e_c", self.between("o_c + 1", "o_c * 0 + BT", n.args[0]), self.axes(n))
+            self.prelude.add("lg_end")
+            sums = self.prefix(n.args[0])
+            return self.let("e_c", f"lg_end({self.gate(n.args[0])}, {sums}, BT, DT, PRECISION)", self.axes(n))
         (th, tl), found = self.total(n.args[0]), self.coordinate(n.args[0])
         axes = found["h"].axes
         text = f"({self.spread(th, axes)} - {found['h'].text}) + ({self.spread(tl, axes)} - {found['l'].text})"
@@ -444,49 +450,14 @@ class Statements:
         return any("EXACT" in line for line in self.lines)
 
     def make_gram(self, n: Expr) -> Tile:
-        """Prints pair scores; with a gate, through dyadic anchors."""
-        r, k = n.args[:2]
-        if len(n.args) == 2:
-            text = f"tl.dot({self.operand(r)}, tl.trans({self.operand(k)}), input_precision=PRECISION)"
-            return self.let("b_A", text, (ROW, COL))
-        return self.let("b_A", self.add_gram(n, "tl.zeros([BT, BT], tl.float32)"), (ROW, COL))
-
-    def add_gram(self, n: Expr, onto: str) -> str:
-        """Prints pair scores under a decay of their vectors' dim, added to what is there."""
-        self.prelude.add("lg_gram")
-        r, k, g = n.args
-        axes = (ROW, *g.dims)
-        sides = f"{self.spread(self.guarded(r), axes)}, {self.spread(self.guarded(k), axes)}"
-        return f"lg_gram({onto}, {sides}, {self.gate(g)}, LEVELS, {n.attr('prev') == '1'}, BT, DT, PRECISION)"
+        """Prints pair scores without a decay."""
+        r, k = n.args
+        text = f"tl.dot({self.operand(r)}, tl.trans({self.operand(k)}), input_precision=PRECISION)"
+        return self.let("b_A", text, (ROW, COL))
 
     def make_mix(self, n: Expr) -> Tile:
-        """Prints pair weights applied to the tokens' vectors."""
-        if len(n.args) == 3:
-            return self.accumulate(n, None, n)
-        weights, far, g = self.weights(n), self.guarded(n.args[2]), n.args[3]
-        self.prelude.add("lg_mix")
-        axes = (ROW, *g.dims)
-        flags = f"{n.attr('prev') == '1'}, {n.attr('inclusive') == '1'}"
-        text = f"lg_mix({weights.text}, {self.spread(far, axes)}, {self.gate(g)}, LEVELS, {flags}, BT, DT, PRECISION)"
-        return self.let("b_o", text, axes)
-
-    def make_readers(self, n: Expr) -> Tile:
-        """Prints the pair sums of both sides of a table; the other one's name is noted."""
-        both = n.args[0]
-        a, b, r, w, g = both.args
-        earlier, later = (self.tile(Expr("gram", x, dims=(COL,), token=True)) for x in ((a, b), (b, a)))
-        table = self.let("b_P", f"tl.where(o_t[:, None] > o_t[None, :], {earlier.text}, {later.text}).to(DT)", (ROW, COL))
-        axes = (ROW, *g.dims)
-        self.prelude.add("lg_twins")
-        readers, writers = self.fresh("b_readers"), self.fresh("b_writers")
-        vectors = ", ".join(self.spread(self.guarded(x, raw=True), axes) for x in (r, w))
-        call = f"lg_twins({table.text}, {vectors}, {self.gate(g)}, LEVELS, {both.attr('prev') == '1'}, BT, DT, PRECISION)"
-        self.lines.append(f"{readers}, {writers} = {call}  # [BT, {', '.join(f'B{d}' for d in g.dims)}]")
-        tiles = {op: Tile(name, axes) for op, name in (("readers", readers), ("writers", writers))}
-        self.tiles |= {replace(n, op=op): tile for op, tile in tiles.items()}
-        return tiles[n.op]
-
-    make_writers = make_readers
+        """Prints pair weights applied to the tokens' vectors, without a decay of the vectors' dim."""
+        return self.accumulate(n, None, n)
 
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
         """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""

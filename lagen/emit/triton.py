@@ -22,9 +22,9 @@ from lagen.passes.plan import plan as make_plan
 from lagen.passes.schedule import default_chunk, held_whole, is_narrow, place, tiles, widest
 
 _CALLS = {
-    "lg_gram": ("lg_reach", "lg_sums", "lg_decay"),
-    "lg_mix": ("lg_reach", "lg_sums", "lg_decay"),
-    "lg_twins": ("lg_reach", "lg_sums", "lg_decay"),
+    "lg_reach": ("lg_decay",),
+    "lg_start": ("lg_decay",),
+    "lg_end": ("lg_decay",),
     "lg_logsigmoid": ("lg_log1p",),
     "lg_softplus": ("lg_log1p",),
 }
@@ -79,7 +79,7 @@ class _Module:
                 kernels.append(print_roles(k.launch, [p for x in self.beside(k) if isinstance(p := done[x], Printed)]))
         prelude |= {c for p in prelude for c in _CALLS.get(p, ())}
         macros = environment().get_template("triton/prelude.py.j2").module
-        first = [name for name in ("lg_sequence", "lg_decay", "lg_sums", "lg_reach", "lg_log1p") if name in prelude]
+        first = [name for name in ("lg_sequence", "lg_decay", "lg_log1p") if name in prelude]
         order = [*first, *sorted(prelude - set(first))]
         parts += [str(getattr(macros, name)()).strip("\n") for name in order]
         functions = [self.forward(done), self.backward(done)] + ([self.step(done)] if self.plan.step else [])

@@ -1,0 +1,150 @@
+"""Prints pair scores and pair sums under a decay of their vectors' dim: one loop over the levels of the dyadic anchors for all of a launch.
+
+The pair (i, j) belongs to the level of the highest set bit of i xor j: there the later token sits in the upper half of an aligned block,
+the earlier one in the lower half, and both decay to the block's middle, so no exponent is above 0 (MATH.md section 5). At a level a tile
+has readers in its upper rows and writers in its lower ones; the values of a launch share exponents, masks and such tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lagen.emit.statements import Statements, Tile
+from lagen.ir.chunk import COL, ROW
+from lagen.ir.expr import Expr, walk
+
+NEAR = "o_c[:, None] == o_c[None, :]"
+
+
+def is_leveled(n: Expr) -> bool:
+    """Tells whether a value takes a loop over levels; its last operand is the decay."""
+    return (n.op == "gram" and len(n.args) == 3) or (n.op == "mix" and len(n.args) == 4) or n.op == "twins"
+
+
+def beside(n: Expr, roots: Iterable[Expr]) -> list[Expr]:
+    """Lists the values below ``roots`` that share the loop of ``n``: those under its decay that need no other loop before."""
+    found = dict.fromkeys(m for m in walk(*roots) if is_leveled(m) and m.args[-1] == n.args[-1])
+    first = [m for m in found if not any(is_leveled(x) for x in walk(*m.args))]
+    return first if n in first else [n]
+
+
+def print_levels(out: Statements, values: list[Expr], onto: Mapping[Expr, str]) -> None:
+    """Prints the loop for ``values`` and notes their tiles; ``onto`` names the accumulators of pair scores that are there already."""
+    _Loop(out, values[0].args[-1]).print(values, onto)
+
+
+class _Loop:
+    """One loop over levels while it is printed."""
+
+    def __init__(self, out: Statements, gate: Expr) -> None:
+        self.out, self.axes = out, (ROW, *gate.dims)
+        self.gate = self.named("b_g", out.guarded(gate))
+        self.exponents: dict[str, str] = {}  # by whether reads are of the state before their own token's decay
+        self.body: list[str] = []
+        self.near: dict[str, str] = {}  # lines of the body that stand for a value, by text
+
+    def print(self, values: list[Expr], onto: Mapping[Expr, str]) -> None:
+        """Prints operands, the loop, and what the diagonal adds."""
+        out, gate = self.out, values[0].args[-1]
+        grams = [n for n in values if n.op == "gram"]
+        scores = {n: onto.get(n) or out.let("b_A", "tl.zeros([BT, BT], tl.float32)", (ROW, COL)).text for n in grams}
+        sides = {n: (self.vector(n.args[0]), self.vector(n.args[1])) for n in grams}
+        sums = {n: self.operands(n) for n in values if n not in scores}
+        for n in grams:  # a token and itself: no decay, and no level
+            if n.attr("prev") == "0":
+                r, k = (out.spread(out.wide(x), self.axes) for x in n.args[:2])
+                out.lines.append(f"{scores[n]} += tl.where({NEAR}, tl.sum({r} * {k}, axis=1)[:, None], 0.0)")
+        totals = {n: [self.zeros(stem) for stem in (("b_readers", "b_writers") if n.op == "twins" else ("b_o",))] for n in sums}
+        self.exponents = {p: out.fresh("e" if p == "0" else "e_prev") for p in sorted({n.attr("prev") for n in values})}
+        self.upper, self.half = out.fresh("upper"), out.fresh("half")
+        out.prelude.add("lg_reach")
+        prefix = out.prefix(gate)
+        for i, (prev, e) in enumerate(self.exponents.items()):
+            upper = "_" if i else self.upper
+            self.body.append(f"{e}, {upper} = lg_reach({self.gate}, {prefix}, level, {prev == '1'}, BT, DT, PRECISION)")
+        # masks are of values that depend on the level, or they would hold registers across the loop
+        self.body.append(f"{self.half} = o_c >> level")
+        self.score(scores, sides)
+        for n, operands in sums.items():
+            self.sum(n, *operands, totals[n])
+        out.lines += ["for level in range(LEVELS):", *(f"    {line}" for line in self.body)]
+        for n, total in totals.items():
+            if n.op == "mix" and n.attr("inclusive") == "1":
+                table, far, _ = sums[n]
+                out.lines.append(f"{total[0]} += tl.sum(tl.where({NEAR}, {table}, 0.0), axis=1)[:, None] * {far}")
+        out.tiles |= {n: Tile(name, (ROW, COL)) for n, name in scores.items()}
+        out.tiles |= {n: Tile(total[0], self.axes) for n, total in totals.items() if n.op == "mix"}
+        twins = ((n, total) for n, total in totals.items() if n.op == "twins")
+        for n, total in twins:
+            both = zip(("readers", "writers"), total, strict=True)
+            out.tiles |= {Expr(op, (n,), dims=n.dims, head=n.head, token=True): Tile(name, self.axes) for op, name in both}
+
+    def named(self, stem: str, tile: Tile) -> str:
+        """Gives a tile a name, on the axes of the loop's vectors."""
+        text = self.out.spread(tile, self.axes)
+        return text if text.isidentifier() else self.out.let(stem, text, self.axes).text
+
+    def vector(self, n: Expr) -> str:
+        """Prints a vector that the levels take, as it was loaded: half precision holds half the registers."""
+        return self.named("b_x", self.out.guarded(n, raw=True))
+
+    def zeros(self, stem: str) -> str:
+        """Prints an accumulator of vectors."""
+        return self.out.let(stem, f"tl.zeros([BT, B{self.axes[1]}], tl.float32)", self.axes).text
+
+    def operands(self, n: Expr) -> tuple[str, str, str]:
+        """Prints what a pair sum takes: its table, the writers' vectors, and the readers' where writers sum too."""
+        out = self.out
+        if n.op == "mix":
+            table = out.weights(n)
+            return out.spread(table, (ROW, COL)), self.vector(n.args[2]), ""
+        a, b, r, w, _ = n.args
+        earlier, later = (out.tile(Expr("gram", x, dims=(COL,), token=True)).text for x in ((a, b), (b, a)))
+        text = f"tl.where(o_c[:, None] > o_c[None, :], {earlier}, {later}).to(DT)"
+        return out.let("b_P", text, (ROW, COL)).text, self.vector(w), self.vector(r)
+
+    def once(self, stem: str, text: str) -> str:
+        """Assigns a text to a name in the loop, the first time that it is needed."""
+        if text not in self.near:
+            self.near[text] = self.out.fresh(stem)
+            self.body.append(f"{self.near[text]} = {text}")
+        return self.near[text]
+
+    @property
+    def apart(self) -> str:
+        """Names the mask of the pairs of a level, of both orders."""
+        return self.once("apart", f"({self.half}[:, None] ^ {self.half}[None, :]) == 1")
+
+    def score(self, scores: Mapping[Expr, str], sides: Mapping[Expr, tuple[str, str]]) -> None:
+        """Prints pair scores: rows of readers and rows of writers share tiles, as many as there are of the more numerous."""
+        readers = list(dict.fromkeys((sides[n][0], n.attr("prev")) for n in scores))
+        writers = list(dict.fromkeys(k for _, k in sides.values()))
+        tiles: list[str] = []
+        for i in range(max(len(readers), len(writers))):
+            e = self.exponents[readers[i][1]] if i < len(readers) else next(iter(self.exponents.values()))
+            if i < min(len(readers), len(writers)):
+                rows = f"tl.where({self.upper}[:, None], {readers[i][0]}, {writers[i]})"
+            else:
+                rows = readers[i][0] if i < len(readers) else writers[i]
+            tiles.append(self.once("b_y", f"({rows} * {e}).to(DT)"))
+        if not scores:
+            return
+        on_level = self.once("on_level", f"{self.apart} & ({self.half}[:, None] > {self.half}[None, :])")
+        for n, name in scores.items():
+            r, k = sides[n]
+            left, right = tiles[readers.index((r, n.attr("prev")))], tiles[writers.index(k)]
+            dot = f"tl.dot({left}, tl.trans({right}), {name}, input_precision=PRECISION)"
+            self.body.append(f"{name} = tl.where({on_level}, {dot}, {name})")
+
+    def sum(self, n: Expr, table: str, far: str, led: str, totals: list[str]) -> None:
+        """Prints a pair sum; rows in the upper half of each block are readers, those in the lower one writers."""
+        e = self.exponents[n.attr("prev")]
+        vectors = f"tl.where({self.upper}[:, None], {led}, {far})" if led else far
+        right = self.once("b_y", f"({vectors} * {e}).to(DT)")
+        dot = f"{e} * tl.dot(tl.where({self.apart}, {table}, 0.0).to(DT), {right}, input_precision=PRECISION)"
+        if n.op == "mix":
+            self.body.append(f"{totals[0]} += {dot}")
+            return
+        both = self.once("b_z", dot)
+        self.body.append(f"{totals[0]} += tl.where({self.upper}[:, None], {both}, 0.0)")
+        self.body.append(f"{totals[1]} += tl.where({self.upper}[:, None], 0.0, {both})")
