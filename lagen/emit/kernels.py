@@ -542,11 +542,15 @@ class KernelPrinter:
         leveled = dict.fromkeys(n for n in E.walk(*self.kernel.values) if is_leveled(n))
         grams = {n: out.fresh(f"b_{names.get(n, 'A')}") for n in leveled if n.op == "gram"}
         self.before += [f"{name} = tl.zeros([BT, BT], tl.float32)" for name in grams.values()]
-        while leveled:  # a loop for those that need no other, then for those that need these
+        # what needs no level comes first, so that a loop finds few tiles alive; then a loop for values that need no other, and so on
+        plain = [s for s in self.kernel.stores if s not in summed and not any(map(is_leveled, E.walk(s.value)))]
+        for store in plain:
+            self.store(store)
+        while leveled:
             group = beside(next(iter(leveled)), leveled)
-            print_levels(out, group, grams)
+            print_levels(out, group, self.kernel.values, grams)
             leveled = {n: None for n in leveled if n not in group}
-        for store in self.kernel.stores:
+        for store in (s for s in self.kernel.stores if s not in plain):
             if store in summed and grams:  # what is summed over the loop is stored after it
                 lines, out.lines = out.lines, []
                 self.write(store.buffer, (ROW, COL), out.wide(store.value))

@@ -28,33 +28,38 @@ def beside(n: Expr, roots: Iterable[Expr]) -> list[Expr]:
     return first if n in first else [n]
 
 
-def print_levels(out: Statements, values: list[Expr], onto: Mapping[Expr, str]) -> None:
-    """Prints the loop for ``values`` and notes their tiles; ``onto`` names the accumulators of pair scores that are there already."""
-    _Loop(out, values[0].args[-1]).print(values, onto)
+def print_levels(out: Statements, values: list[Expr], roots: Iterable[Expr], onto: Mapping[Expr, str]) -> None:
+    """Prints the loop for ``values``, of which ``roots`` are made, and notes tiles; ``onto`` names the accumulators of pair scores."""
+    twins = {n for n in values if n.op == "twins"}
+    nodes = dict.fromkeys(walk(*roots))
+    sides = [n for n in nodes if n.op in ("readers", "writers") and twins.issuperset(n.args)]
+    _Loop(out, values[0].args[-1], [n for n in nodes if n.op == "diag" and n.args[0].op == "gram"]).print(values, sides, onto)
 
 
 class _Loop:
     """One loop over levels while it is printed."""
 
-    def __init__(self, out: Statements, gate: Expr) -> None:
-        self.out, self.axes = out, (ROW, *gate.dims)
+    def __init__(self, out: Statements, gate: Expr, diagonals: list[Expr]) -> None:
+        self.out, self.axes, self.diagonals = out, (ROW, *gate.dims), diagonals
         self.gate = self.named("b_g", out.guarded(gate))
         self.exponents: dict[str, str] = {}  # by whether reads are of the state before their own token's decay
         self.body: list[str] = []
         self.near: dict[str, str] = {}  # lines of the body that stand for a value, by text
 
-    def print(self, values: list[Expr], onto: Mapping[Expr, str]) -> None:
-        """Prints operands, the loop, and what the diagonal adds."""
+    def print(self, values: list[Expr], sides: list[Expr], onto: Mapping[Expr, str]) -> None:
+        """Prints operands, the loop, and what the diagonal adds; ``sides`` are what readers and writers of twins sum."""
         out, gate = self.out, values[0].args[-1]
         grams = [n for n in values if n.op == "gram"]
         scores = {n: onto.get(n) or out.let("b_A", "tl.zeros([BT, BT], tl.float32)", (ROW, COL)).text for n in grams}
-        sides = {n: (self.vector(n.args[0]), self.vector(n.args[1])) for n in grams}
+        vectors = {n: (self.vector(n.args[0]), self.vector(n.args[1])) for n in grams}
         sums = {n: self.operands(n) for n in values if n not in scores}
+        for n in self.diagonals:  # while the scores are there: the loop keeps the tables alone
+            out.tile(n)
         for n in grams:  # a token and itself: no decay, and no level
             if n.attr("prev") == "0":
                 r, k = (out.spread(out.wide(x), self.axes) for x in n.args[:2])
                 out.lines.append(f"{scores[n]} += tl.where({NEAR}, tl.sum({r} * {k}, axis=1)[:, None], 0.0)")
-        totals = {n: [self.zeros(stem) for stem in (("b_readers", "b_writers") if n.op == "twins" else ("b_o",))] for n in sums}
+        totals = {n: self.zeros(f"b_{n.op}" if n.op != "mix" else "b_o") for n in (*(n for n in sums if n.op == "mix"), *sides)}
         self.exponents = {p: out.fresh("e" if p == "0" else "e_prev") for p in sorted({n.attr("prev") for n in values})}
         self.upper, self.half = out.fresh("upper"), out.fresh("half")
         out.prelude.add("lg_reach")
@@ -64,20 +69,23 @@ class _Loop:
             self.body.append(f"{e}, {upper} = lg_reach({self.gate}, {prefix}, level, {prev == '1'}, BT, DT, PRECISION)")
         # masks are of values that depend on the level, or they would hold registers across the loop
         self.body.append(f"{self.half} = o_c >> level")
-        self.score(scores, sides)
+        self.score(scores, vectors)
         for n, operands in sums.items():
-            self.sum(n, *operands, totals[n])
+            dot = self.sum(n, *operands)
+            if n.op == "mix":
+                self.body.append(f"{totals[n]} += {dot}")
+                continue
+            both = self.once("b_z", dot)
+            for side in (x for x in sides if n in x.args):
+                kept = f"{both}, 0.0" if side.op == "readers" else f"0.0, {both}"
+                self.body.append(f"{totals[side]} += tl.where({self.upper}[:, None], {kept})")
         out.lines += ["for level in range(LEVELS):", *(f"    {line}" for line in self.body)]
         for n, total in totals.items():
             if n.op == "mix" and n.attr("inclusive") == "1":
                 table, far, _ = sums[n]
-                out.lines.append(f"{total[0]} += tl.sum(tl.where({NEAR}, {table}, 0.0), axis=1)[:, None] * {far}")
+                out.lines.append(f"{total} += tl.sum(tl.where({NEAR}, {table}, 0.0), axis=1)[:, None] * {far}")
         out.tiles |= {n: Tile(name, (ROW, COL)) for n, name in scores.items()}
-        out.tiles |= {n: Tile(total[0], self.axes) for n, total in totals.items() if n.op == "mix"}
-        twins = ((n, total) for n, total in totals.items() if n.op == "twins")
-        for n, total in twins:
-            both = zip(("readers", "writers"), total, strict=True)
-            out.tiles |= {Expr(op, (n,), dims=n.dims, head=n.head, token=True): Tile(name, self.axes) for op, name in both}
+        out.tiles |= {n: Tile(total, self.axes) for n, total in totals.items()}
 
     def named(self, stem: str, tile: Tile) -> str:
         """Gives a tile a name, on the axes of the loop's vectors."""
@@ -96,8 +104,8 @@ class _Loop:
         """Prints what a pair sum takes: its table, the writers' vectors, and the readers' where writers sum too."""
         out = self.out
         if n.op == "mix":
-            table = out.weights(n)
-            return out.spread(table, (ROW, COL)), self.vector(n.args[2]), ""
+            table = out.let("b_P", f"{out.spread(out.weights(n), (ROW, COL))}.to(DT)", (ROW, COL))
+            return table.text, self.vector(n.args[2]), ""
         a, b, r, w, _ = n.args
         earlier, later = (out.tile(Expr("gram", x, dims=(COL,), token=True)).text for x in ((a, b), (b, a)))
         text = f"tl.where(o_c[:, None] > o_c[None, :], {earlier}, {later}).to(DT)"
@@ -112,8 +120,8 @@ class _Loop:
 
     @property
     def apart(self) -> str:
-        """Names the mask of the pairs of a level, of both orders."""
-        return self.once("apart", f"({self.half}[:, None] ^ {self.half}[None, :]) == 1")
+        """Prints the mask of the pairs of a level, of both orders."""
+        return f"(({self.half}[:, None] ^ {self.half}[None, :]) == 1)"
 
     def score(self, scores: Mapping[Expr, str], sides: Mapping[Expr, tuple[str, str]]) -> None:
         """Prints pair scores: rows of readers and rows of writers share tiles, as many as there are of the more numerous."""
@@ -136,15 +144,10 @@ class _Loop:
             dot = f"tl.dot({left}, tl.trans({right}), {name}, input_precision=PRECISION)"
             self.body.append(f"{name} = tl.where({on_level}, {dot}, {name})")
 
-    def sum(self, n: Expr, table: str, far: str, led: str, totals: list[str]) -> None:
-        """Prints a pair sum; rows in the upper half of each block are readers, those in the lower one writers."""
+    def sum(self, n: Expr, table: str, far: str, led: str) -> str:
+        """Returns what a level adds to a pair sum; rows in the upper half of each block are readers, those in the lower one writers."""
         e = self.exponents[n.attr("prev")]
         vectors = f"tl.where({self.upper}[:, None], {led}, {far})" if led else far
         right = self.once("b_y", f"({vectors} * {e}).to(DT)")
-        dot = f"{e} * tl.dot(tl.where({self.apart}, {table}, 0.0).to(DT), {right}, input_precision=PRECISION)"
-        if n.op == "mix":
-            self.body.append(f"{totals[0]} += {dot}")
-            return
-        both = self.once("b_z", dot)
-        self.body.append(f"{totals[0]} += tl.where({self.upper}[:, None], {both}, 0.0)")
-        self.body.append(f"{totals[1]} += tl.where({self.upper}[:, None], 0.0, {both})")
+        level = self.once("b_l", f"{self.apart}.to(DT)")  # a product takes fewer registers than a choice
+        return f"{e} * tl.dot({table} * {level}, {right}, input_precision=PRECISION)"

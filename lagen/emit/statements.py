@@ -459,6 +459,12 @@ class Statements:
         """Prints pair weights applied to the tokens' vectors, without a decay of the vectors' dim."""
         return self.accumulate(n, None, n)
 
+    def make_lag(self, n: Expr) -> Tile:
+        """Prints a tile a token later; the chunk's first token gets 0."""
+        self.prelude.add("lg_lag")
+        x = self.wide(n.args[0])
+        return self.let("b_lag", f"lg_lag({x.text}, BT)", x.axes)
+
     def accumulate(self, mix: Expr, onto: Expr | None, n: Expr) -> Tile:
         """Prints an undecayed mix, onto what is already there if given: accumulators are scaled, not operands."""
         turned = mix.args[0].op == "flip" and mix.args[0].args[0].op == "weigh"

@@ -14,7 +14,9 @@ ir/expr.py there are:
     diag(A)                  what each token scores with itself                                                   [C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
     twins(a, b, r, w, g)     the table a b^T of readers and earlier writers: readers(..) is what readers sum of w,
-                             writers(..) what writers sum of r, both under exp(b_i - b_j), in the same matmuls    [C, Y]
+                             writers(..) what writers sum of r, both under exp(b_i - b_j), in the same matmuls;
+                             of several twins what they sum together                                              [C, Y]
+    lag(x)                   x of the token before; 0 for a chunk's first token                                   [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
     weigh(W, P)              W * P: what each token reads of another's write                                     [C, C]
@@ -45,7 +47,7 @@ ROW, COL = "@", "#"
 
 TILE_OPS = (
     *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans", "diag"),
-    *("weigh", "inverse", "compose", "twins", "readers", "writers"),
+    *("weigh", "inverse", "compose", "twins", "readers", "writers", "lag"),
 )
 
 

@@ -25,7 +25,7 @@ from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, map_recurrence, operands_of, token_kernels
 from lagen.passes.order import beside, in_circles, in_order
-from lagen.passes.pair_sums import gather, join
+from lagen.passes.pair_sums import gather, join, lag
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.scans import plan_scans, scan_axes
 from lagen.passes.simplify import factor, simplify
@@ -156,7 +156,7 @@ def _stages(
         label = name if i == 0 else f"{name}_{i}"
         one = _Pass(label, stage.states, head, "t" if i == 0 else f"t{i}_")
         one.settle(list(stage.targets))
-        sweeps = tuple(load(k, decayed) for k in gather(one.kernels(ends, given, sunk)))
+        sweeps = tuple(load(k, decayed) for k in lag(gather(one.kernels(ends, given, sunk))))
         inverses = take_inverses(sweeps, head, taken)
         sweeps = tuple(load(k, {s.value: s.buffer for s in inverses}) for k in sweeps)
         chunked = take_out(label, sweeps, head, taken, frozenset(one.solved), inverses)

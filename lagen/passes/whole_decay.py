@@ -12,7 +12,10 @@ from lagen.ir.chunk import SQUARES, TILE_OPS, is_square
 from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
-from lagen.passes.pair_sums import is_pair_sum, partners
+from lagen.passes.pair_sums import is_pair_sum, partners, tables_of
+
+_SCORES, _TABLES = 4, 2
+"""How many pair scores one launch makes, and of how many tables its pair sums are."""
 
 
 def _gate(n: Expr) -> Expr | None:
@@ -24,6 +27,8 @@ def _gate(n: Expr) -> Expr | None:
         return n.args[2]
     if is_pair_sum(n):  # what is solved inside a sweep hangs on what the sweep carries
         return None if any(x.op == "carry" for x in walk(n)) else addends(n)[0].args[3]
+    if n.op == "lag":
+        return next(x.args[3] for x in walk(n) if x.op == "mix")
     if n.op == "whole" and n.dims:
         return n.args[0]
     if n.op == "mul" and n.args[1].op in ("start", "end") and n.args[1].dims and n.args[0].op in (*LEAVES, "lead", *FUNCTIONS):
@@ -31,7 +36,7 @@ def _gate(n: Expr) -> Expr | None:
     return None
 
 
-_STEMS = {"gram": "scores", "mix": "pairs", "add": "pairs", "whole": "decay"}
+_STEMS = {"gram": "scores", "mix": "pairs", "add": "pairs", "lag": "pairs", "whole": "decay"}
 
 
 def take_inverses(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> list[Store]:
@@ -55,7 +60,7 @@ def take_out(
     gated = [n for s in inverses for n in walk(s.value) if n.op == "gram" and _gate(n) is not None]
     between = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
     stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
-    nodes = dict.fromkeys(n for k in sweeps for n in walk(*k.values))
+    nodes = _above("lag", (v for k in sweeps for v in k.values))  # what a lag is made of is no value of its own
     inside = {n.args[1] for n in nodes if n.op == "add" and is_pair_sum(n)}  # added to what another launch may have stored
     for n in nodes:
         gate = _gate(n)
@@ -70,15 +75,22 @@ def take_out(
         stores[g] += [s for s in inverses if any(_gate(n) == g for n in walk(s.value) if n.op == "gram")]
     alone = tuple(s for s in inverses if not any(s in found for found in stores.values()))
 
-    # under several decays pair sums take pair scores that another decay's launch stores: all scores come first
+    solving = [k for k in sweeps if any(s.buffer.leaf in solved for s in k.stores)]
+    needed = {n for k in solving for n in walk(*k.values)}
+
+    # what a sweep that solves takes comes before it, the rest after it, where it can share loads with what takes what was solved; under
+    # several decays pair sums take pair scores that another decay's launch stores: all scores come first
     def later(s: Store) -> tuple[bool, bool]:
-        return not solved.isdisjoint(walk(s.value)), len(stores) > 1 and is_pair_sum(s.value)
+        after = not solved.isdisjoint(walk(s.value)) or bool(solving) and s.value not in needed and not is_square(s.value)
+        return after, len(stores) > 1 and is_pair_sum(s.value)
 
     kinds = sorted({later(s) for found in stores.values() for s in found})
     rounds = [[(g, [s for s in found if later(s) == kind]) for g, found in stores.items()] for kind in kinds]
+    table = {s.value: s.buffer.leaf for found in stores.values() for s in found}
+    loaded = {n for k in sweeps for v in k.values for n in walk(substitute(v, table)) if n.op == "stored"}
     out: list[Kernel] = []
     for g, found in (x for r in rounds for x in r):
-        for group in _launches(found):
+        for group in _launches(found, loaded):
             stem = f"{pass_}_chunks_{g.dims[0]}".lower()
             count = sum(k.name.startswith(stem) for k in out)
             out.append(
@@ -91,32 +103,47 @@ def take_out(
     return tuple(out)
 
 
-def _launches(stores: list[Store]) -> list[tuple[Store, ...]]:
-    """Deals stores out to launches, so that what pair sums take fits the registers; everything else stays together."""
+def _above(op: str, values: Iterable[Expr]) -> list[Expr]:
+    """Lists the nodes of values, operands before users; what stands below an ``op`` is left out."""
+    out: dict[Expr, None] = {}
+
+    def visit(n: Expr) -> None:
+        if n not in out:
+            for a in n.args if n.op != op else ():
+                visit(a)
+            out[n] = None
+
+    for v in values:
+        visit(v)
+    return list(out)
+
+
+def _launches(stores: list[Store], loaded: set[Expr]) -> list[tuple[Store, ...]]:
+    """Deals stores out to launches, so that what pair sums take fits the registers; ``loaded`` is what sweeps load."""
     groups = _scored([s for s in stores if is_square(s.value)])
     newest = {addends(s.value)[-1]: s for s in stores if is_pair_sum(s.value)}  # a longer sum goes on from a shorter one
     led = {newest[own].value: newest[writers] for own, writers in partners(newest)}
     for s in stores:
-        if is_square(s.value) or s in led.values():
-            continue
-        if not is_pair_sum(s.value):  # where what it takes is loaded already
-            needs = _loads([s.value])
-            next((g for g in groups if needs <= _loads([x.value for x in g])), groups[-1]).append(s)
+        if not is_pair_sum(s.value) or s in led.values():
             continue
         more = [s, *([led[s.value]] if s.value in led else [])]  # pair sums of one table are one matmul
         values = [addends(x.value)[-1] if is_pair_sum(x.value) else x.value for x in [*groups[-1], *more]]
-        sums = [v for v in values if is_pair_sum(v)]
-        kinds = {n.attr("prev") for n in sums}  # each has exponents of its own
-        most = 4 if {"gram", "mul"} <= {x.value.op for x in groups[-1]} else 5
-        if (len(sums) > 2 or len(kinds) > 1 or len(_loads(values)) > most) and groups[-1]:
+        scored = any(is_square(x.value) for x in groups[-1])
+        if groups[-1] and (len(tables_of(values)) > (1 if scored else _TABLES) or scored and len(_loads(values)) > 4):
             groups.append(more)
         else:
             groups[-1] += more
-    return [tuple(g) for g in groups if g]
+    for s in stores:
+        if not is_square(s.value) and not is_pair_sum(s.value):  # where what it takes is loaded already
+            needs = _loads([s.value])
+            next((g for g in groups if needs <= _loads([x.value for x in g])), groups[-1]).append(s)
+    # where a longer sum of the same launch goes on from a shorter one, only that one is stored
+    passed = [{x.value.args[0] for x in g if x.value.op == "add"} for g in groups]
+    return [tuple(s for s in g if s.value not in p or s.buffer.leaf in loaded) for g, p in zip(groups, passed, strict=True) if g]
 
 
 def _scored(squares: list[Store]) -> list[list[Store]]:
-    """Deals pair scores out to launches, two tables each, those of the same writers together."""
+    """Deals pair scores out to launches, those of the same writers together."""
 
     def tables(stores: Iterable[Store]) -> list[Expr]:
         return [n for n in walk(*(s.value for s in stores)) if n.op == "gram" and _gate(n) is not None]
@@ -124,15 +151,15 @@ def _scored(squares: list[Store]) -> list[list[Store]]:
     writers = [n.args[1] for n in tables(squares)]
     out: list[list[Store]] = [[]]
     for s in sorted(squares, key=lambda s: min([writers.index(n.args[1]) for n in tables([s])], default=0)):
-        if len(set(tables([*out[-1], s]))) > 2:
+        if len(set(tables([*out[-1], s]))) > _SCORES:
             out.append([])
         out[-1].append(s)
     return out
 
 
 def _loads(values: Iterable[Expr]) -> set[Expr]:
-    """Returns the vectors that a launch loads for ``values``."""
-    return {n for n in walk(*values) if n.op in LEAVES and n.dims}
+    """Returns the vectors that a launch loads for ``values``, those of the tokens after apart."""
+    return {n for n in _above("lead", values) if n.op in (*LEAVES, "lead") and n.dims}
 
 
 def stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
