@@ -1,7 +1,7 @@
 """Arranges the printed statements of a kernel whose programs have one chunk, so that few tiles are alive at once (passes/live).
 
 Inside a loop addresses stay in registers whatever the order, and compilers move what they like; here the order of loads, matmuls and
-stores decides what is alive. Sizes are those of tiles of 64 tokens, 128 of a whole dim and 32 of the one on the grid.
+stores decides what is alive. Sizes are those of a chunk, 128 of a whole dim and 32 of the one on the grid.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ _TILE = re.compile(r"  # \[(.*)\]$")
 _PAIRS = re.compile(r"lg_spans\((.*), (\w+), BT, DT, PRECISION\)")
 
 
-def arranged(lines: Sequence[str], tile: str) -> list[str]:
-    """Returns the statements ``lines`` in an order that keeps few tiles alive; ``tile`` is the dim on the grid.
+def arranged(lines: Sequence[str], tile: str, chunk: int) -> list[str]:
+    """Returns the statements ``lines`` in an order that keeps few tiles alive; ``tile`` is the dim on the grid, ``chunk``
+    the tokens of a chunk by default.
 
     Loads and what a token's numbers give each other stand just before their first use, stores just after what they store.
     """
@@ -26,7 +27,7 @@ def arranged(lines: Sequence[str], tile: str) -> list[str]:
     names = {m[1]: i for i, b in enumerate(blocks) if (m := _NAME.match(b[0]))}
     texts = [_TILE.sub("", "\n".join(b)) for b in blocks]
     needs = [[names[w] for w in dict.fromkeys(re.findall(r"\w+", t)) if w in names and names[w] != i] for i, t in enumerate(texts)]
-    sizes = [_size(b[0], tile) for b in blocks]
+    sizes = [_size(b[0], tile, min(chunk, 64)) for b in blocks]
     unseen = _unseen(texts, names, needs)
     sizes = [0.0 if i in unseen else size for i, size in enumerate(sizes)]
     steps = [
@@ -68,13 +69,13 @@ def _loads(text: str) -> bool:
     return m is not None and m[2].startswith("tl.load(")
 
 
-def _size(line: str, tile: str) -> float:
+def _size(line: str, tile: str, chunk: int) -> float:
     """Returns how many registers of four bytes a statement's tile needs over all threads; numbers of a token count as none."""
     m = _TILE.search(line)
     dims = m[1].split(", ") if m else []
     if len(dims) < 2:
         return 0.0
-    whole = math.prod({"BT": 64, f"B{tile}": 32}.get(d, 128) for d in dims)
+    whole = math.prod({"BT": chunk, f"B{tile}": 32}.get(d, 128) for d in dims)
     return whole / 2 if _loads(line) or line.endswith(f".to(DT)  # [{m[1]}]") else float(whole)  # type: ignore[index]
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lagen.emit.arrange import arranged
-from lagen.emit.levels import beside, is_leveled, print_levels
+from lagen.emit.levels import is_leveled, print_levels
 from lagen.emit.peaks import next_peak, store_before
 from lagen.emit.statements import Statements, Tile
 from lagen.emit.step_statements import StepStatements
@@ -290,7 +290,7 @@ class KernelPrinter:
         news = [(h, self.update(h.carry)) for h in self.kernel.holds if h.carry.updated]
         for store in self.kernel.stores:
             self.store(store)
-        body = arranged(out.lines, self.kernel.tile) if self.kernel.parallel else out.lines
+        body = arranged(out.lines, self.kernel.tile, self.recurrence.chunk_default) if self.kernel.parallel else out.lines
         lines = [*body, *(f"b_{h.carry.state} = {new}" for h, new in news)]
         for hold in self.kernel.holds:
             if not hold.sink.startswith("border_"):
@@ -539,19 +539,13 @@ class KernelPrinter:
         out = self.out
         summed = [s for s in self.kernel.stores if is_square(s.value)]
         names = {s.value: s.buffer.name for s in summed}
-        leveled = dict.fromkeys(n for n in E.walk(*self.kernel.values) if is_leveled(n))
-        grams = {n: out.fresh(f"b_{names.get(n, 'A')}") for n in leveled if n.op == "gram"}
-        self.before += [f"{name} = tl.zeros([BT, BT], tl.float32)" for name in grams.values()]
-        # what needs no level comes first, so that a loop finds few tiles alive; then a loop for values that need no other, and so on
+        # what takes no level comes first, so that a loop finds few tiles alive
         plain = [s for s in self.kernel.stores if s not in summed and not any(map(is_leveled, E.walk(s.value)))]
         for store in plain:
             self.store(store)
-        while leveled:
-            group = beside(next(iter(leveled)), leveled)
-            print_levels(out, group, self.kernel.values, grams)
-            leveled = {n: None for n in leveled if n not in group}
+        self.before += (begun := print_levels(out, self.kernel.values, names))
         for store in (s for s in self.kernel.stores if s not in plain):
-            if store in summed and grams:  # what is summed over the loop is stored after it
+            if store in summed and begun:  # what is summed over the loop is stored after it
                 lines, out.lines = out.lines, []
                 self.write(store.buffer, (ROW, COL), out.wide(store.value))
                 self.after += out.lines

@@ -7,7 +7,7 @@ has readers in its upper rows and writers in its lower ones; the values of a lau
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from lagen.emit.statements import Statements, Tile
 from lagen.ir.chunk import COL, ROW
@@ -21,36 +21,39 @@ def is_leveled(n: Expr) -> bool:
     return (n.op == "gram" and len(n.args) == 3) or (n.op == "mix" and len(n.args) == 4) or n.op == "twins"
 
 
-def beside(n: Expr, roots: Iterable[Expr]) -> list[Expr]:
-    """Lists the values below ``roots`` that share the loop of ``n``: those under its decay that need no other loop before."""
-    found = dict.fromkeys(m for m in walk(*roots) if is_leveled(m) and m.args[-1] == n.args[-1])
-    first = [m for m in found if not any(is_leveled(x) for x in walk(*m.args))]
-    return first if n in first else [n]
+def print_levels(out: Statements, roots: Sequence[Expr], names: Mapping[Expr, str]) -> list[str]:
+    """Prints loops for what ``roots`` take through the levels, and notes the tiles: first for values that need no other, then for the rest.
 
-
-def print_levels(out: Statements, values: list[Expr], roots: Iterable[Expr], onto: Mapping[Expr, str]) -> None:
-    """Prints the loop for ``values``, of which ``roots`` are made, and notes tiles; ``onto`` names the accumulators of pair scores."""
-    twins = {n for n in values if n.op == "twins"}
-    nodes = dict.fromkeys(walk(*roots))
-    sides = [n for n in nodes if n.op in ("readers", "writers") and twins.issuperset(n.args)]
-    _Loop(out, values[0].args[-1], [n for n in nodes if n.op == "diag" and n.args[0].op == "gram"]).print(values, sides, onto)
+    ``names`` gives pair scores their names. Returns the lines that begin their sums, for the place where those begin.
+    """
+    left = dict.fromkeys(n for n in walk(*roots) if is_leveled(n))
+    scores = {n: out.fresh(f"b_{names.get(n, 'A')}") for n in left if n.op == "gram"}
+    while left:
+        first = [n for n in left if not any(x in left for x in walk(*n.args))]
+        group = [n for n in first if n.args[-1] == first[0].args[-1]]
+        _Loop(out, roots, group).print(scores)
+        left = {n: None for n in left if n not in group}
+    return [f"{name} = tl.zeros([BT, BT], tl.float32)" for name in scores.values()]
 
 
 class _Loop:
     """One loop over levels while it is printed."""
 
-    def __init__(self, out: Statements, gate: Expr, diagonals: list[Expr]) -> None:
-        self.out, self.axes, self.diagonals = out, (ROW, *gate.dims), diagonals
+    def __init__(self, out: Statements, roots: Sequence[Expr], values: list[Expr]) -> None:
+        gate, nodes = values[0].args[-1], dict.fromkeys(walk(*roots))
+        self.out, self.values, self.axes = out, values, (ROW, *gate.dims)
+        self.diagonals = [n for n in nodes if n.op == "diag" and n.args[0].op == "gram"]
+        self.sides = [n for n in nodes if n.op in ("readers", "writers") and set(values).issuperset(n.args)]
         self.gate = self.named("b_g", out.guarded(gate))
         self.exponents: dict[str, str] = {}  # by whether reads are of the state before their own token's decay
         self.body: list[str] = []
         self.near: dict[str, str] = {}  # lines of the body that stand for a value, by text
 
-    def print(self, values: list[Expr], sides: list[Expr], onto: Mapping[Expr, str]) -> None:
-        """Prints operands, the loop, and what the diagonal adds; ``sides`` are what readers and writers of twins sum."""
-        out, gate = self.out, values[0].args[-1]
+    def print(self, names: Mapping[Expr, str]) -> None:
+        """Prints operands, the loop, and what the diagonal adds; ``names`` are the sums of pair scores."""
+        out, values, sides = self.out, self.values, self.sides
         grams = [n for n in values if n.op == "gram"]
-        scores = {n: onto.get(n) or out.let("b_A", "tl.zeros([BT, BT], tl.float32)", (ROW, COL)).text for n in grams}
+        scores = {n: names[n] for n in grams}
         vectors = {n: (self.vector(n.args[0]), self.vector(n.args[1])) for n in grams}
         sums = {n: self.operands(n) for n in values if n not in scores}
         for n in self.diagonals:  # while the scores are there: the loop keeps the tables alone
@@ -63,7 +66,7 @@ class _Loop:
         self.exponents = {p: out.fresh("e" if p == "0" else "e_prev") for p in sorted({n.attr("prev") for n in values})}
         self.upper, self.half = out.fresh("upper"), out.fresh("half")
         out.prelude.add("lg_reach")
-        prefix = out.prefix(gate)
+        prefix = out.prefix(values[0].args[-1])
         for i, (prev, e) in enumerate(self.exponents.items()):
             upper = "_" if i else self.upper
             self.body.append(f"{e}, {upper} = lg_reach({self.gate}, {prefix}, level, {prev == '1'}, BT, DT, PRECISION)")

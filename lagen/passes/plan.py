@@ -32,7 +32,7 @@ from lagen.passes.simplify import factor, simplify
 from lagen.passes.spans import split_spans
 from lagen.passes.stages import Stage, stages
 from lagen.passes.turn import turn
-from lagen.passes.whole_decay import load, others, stored, take_inverses, take_out
+from lagen.passes.whole_decay import load, load_tables, others, stored, take_inverses, take_out, take_tables
 
 CORE = ("readout", "suffix")
 Key = tuple[int, str]
@@ -159,7 +159,9 @@ def _stages(
         sweeps = tuple(load(k, decayed) for k in lag(gather(one.kernels(ends, given, sunk))))
         inverses = take_inverses(sweeps, head, taken)
         sweeps = tuple(load(k, {s.value: s.buffer for s in inverses}) for k in sweeps)
-        chunked = take_out(label, sweeps, head, taken, frozenset(one.solved), inverses)
+        tables = take_tables(sweeps, head, taken)
+        sweeps = tuple(load_tables(k, tables) for k in sweeps)
+        chunked = take_out(label, sweeps, head, taken, frozenset(one.solved), [*inverses, *tables])
         decayed = decayed | stored(chunked)
         out.append(_Launched(tuple(load(k, others(decayed, k)) for k in chunked), tuple(load(k, decayed) for k in sweeps)))
         given = (*given, *(s for s in stage.states if not s.causal))

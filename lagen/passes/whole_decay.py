@@ -7,12 +7,17 @@ every tile would repeat them, and they would spill. So a launch of their own, pa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from lagen.ir.chunk import SQUARES, TILE_OPS, is_square
+from lagen.ir import expr as E
+from lagen.ir.chunk import COL, SQUARES, TILE_OPS, is_square
 from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
 from lagen.passes.pair_sums import is_pair_sum, partners, tables_of
+
+_HELD = 1
+"""Pair weights that a sweep which solves computes in its tiles."""
 
 _SCORES, _TABLES = 4, 2
 """How many pair scores one launch makes, and of how many tables its pair sums are."""
@@ -47,6 +52,45 @@ def take_inverses(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> lis
     names = [f"inverse{i or ''}" for i in range(99) if f"inverse{i or ''}" not in taken]
     taken |= {*names[: len(found)]}
     return [Store(Buffer(name, head, n.dims, True, "input"), n) for name, n in zip(names, found, strict=False)]
+
+
+def take_tables(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> list[Store]:
+    """Stores pair weights of sweeps that solve and would compute more of them in every tile than their registers hold.
+
+    With them goes what a token scores with itself.
+    """
+    found: dict[Expr, None] = {}
+    for k in sweeps:
+        mixes = [n for n in walk(*k.values) if n.op == "mix" and len(n.args) == 3]
+        scored = (n for n in mixes if n.args[1] != ONE and any(x.op == "gram" and len(x.args) == 2 for x in walk(n.args[0])))
+        tables = dict.fromkeys(map(weighed, scored))
+        if len(tables) > _HELD and not k.parallel and any(n.args[1] == ONE for n in mixes):
+            found |= tables
+            found |= {n: None for n in walk(*k.values) if n.op == "contract" and all(x.op in LEAVES and x.token for x in n.args)}
+    stores = []
+    for n in found:
+        stem, dtype = ("weights", "input") if n.dims else ("dots", "float32")
+        name = next(x for i in range(99) if (x := f"{stem}{i or ''}") not in taken)
+        taken.add(name)
+        stores.append(Store(Buffer(name, head, n.dims, True, dtype), n))
+    return stores
+
+
+def weighed(mix: Expr) -> Expr:
+    """Returns the pair weights of a sum, decayed and masked, as a value of their own."""
+    return Expr("weigh", mix.args[:2], dims=(COL,), token=True)
+
+
+def load_tables(k: Kernel, tables: Sequence[Store]) -> Kernel:
+    """Lets a kernel load pair weights."""
+    table = {s.value: s.buffer.leaf for s in tables}
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op != "mix" or len(n.args) != 3 or weighed(n) not in table:
+            return table.get(n)
+        return replace(n, args=(table[weighed(n)], ONE, E.rewrite(n.args[2], rule)), _hash=0)
+
+    return k.map(lambda e: E.rewrite(e, rule))
 
 
 def take_out(
