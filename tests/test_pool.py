@@ -78,6 +78,26 @@ def test_rows_advance_their_slots_in_kernels(name: str) -> None:
     assert [str(f) for f in findings] == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_strides_do_not_matter(name: str) -> None:
+    """Whatever dim lies innermost, and whatever lies between the rows."""
+    op, tensors, pool = serve(name, 1)
+    row = token(op, tensors, 0)
+    if "cpp" not in op.backends:
+        pytest.skip(f"{name} has no C++")
+    apart = [torch.cat((x, torch.full_like(x, torch.nan)), -1)[..., : x.shape[-1]] if x.dim() else x for x in row]
+    turned = [x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 1 else x for x in row]
+    for slots in (None, torch.tensor([2, -1, 0])):
+        own = pool if slots is not None else [s[:3] for s in pool]
+        wanted_states = [s.clone() for s in own]
+        wanted = many(op.step(*row, one(wanted_states), slots=slots)[0])
+        for given in (apart, turned):
+            for _ in range(2):  # the second goes the short way where there is one
+                mine = [s.clone() for s in own]
+                got = many(op.step(*given, one(mine), slots=slots)[0])
+                assert all(map(torch.equal, (*got, *mine), (*wanted, *wanted_states)))
+
+
 def test_a_pool_is_written_without_a_look_at_the_slots() -> None:
     from lagen.runtime import pool
 

@@ -179,6 +179,7 @@ class StepPlan:
     shapes: tuple[tuple[int, ...], ...]
     models: tuple[int | tuple[int, ...], ...]  # of each output: the tensor that it is like, which is the quickest to say, or its shape
     spans: tuple[int, ...]  # bytes from each tensor's first number to behind its last
+    copied: frozenset[int]  # tensors that the words describe a contiguous copy of
 
 
 @dataclass(frozen=True)
@@ -427,6 +428,8 @@ class CppBackend:
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan_step(inputs, params, scale, states)
+        if plan.copied:
+            tensors = tuple(x.contiguous() if i in plan.copied else x for i, x in enumerate(tensors))
         words = plan.words[:]
         if slots is None:
             outputs = tuple(first.new_empty(shape) for shape in plan.shapes)
@@ -478,7 +481,7 @@ class CppBackend:
     def noted(self, tensors: Tensors, scale: float, states: Tensors) -> None:
         """Lays out the steps that are like one that went."""
         lanes = zip(self.spec.inputs + self.spec.params, tensors, strict=True)
-        dense = all(not a.dims or x.stride(-1) == 1 or x.shape[-1] == 1 for a, x in lanes) and all(s.is_contiguous() for s in states)
+        dense = all(_dense(a, x) for a, x in lanes) and all(s.is_contiguous() for s in states)
         if self.entry is None or not dense or not all(type(x) in PLAIN and x.is_cpu and not x.is_neg() for x in (*tensors, *states)):
             return
         key: list[object] = [threads()]
@@ -518,7 +521,19 @@ class CppBackend:
         given = (*inputs, *params)
         like = {(x.dtype, x.shape): i for i, x in enumerate(given) if x.is_contiguous()}
         models = tuple(like.get((x.dtype, x.shape), tuple(x.shape)) for x in outputs)
-        return StepPlan(array.array("q", words), tuple(places), shapes, models, tuple(_span(x) for x in (*given, *outputs, *states)))
+        spans = tuple(_span(x) for x in (*given, *outputs, *states))
+        copied = frozenset(i for i, x in enumerate(given) if held[i] is not x)
+        return StepPlan(array.array("q", words), tuple(places), shapes, models, spans, copied)
+
+
+def _dense(a: Argument, x: Tensor) -> bool:
+    """Tells whether the numbers of one token and head lie behind each other, as the C++ reads them."""
+    step = 1
+    for i in range(-1, -1 - len(a.dims), -1):
+        if x.shape[i] != 1 and x.stride(i) != step:
+            return False
+        step *= x.shape[i]
+    return True
 
 
 def _span(x: Tensor) -> int:
@@ -549,7 +564,7 @@ def _words(
     ``lead`` counts the dims before the head (batch and time, batch, none); ``wide`` tells that it has a row for every head of the loop,
     ``many`` that sequences are packed along time.
     """
-    if a.dims and x.stride(-1) != 1 and x.shape[-1] != 1:
+    if not _dense(a, x):
         x = x.contiguous()
     held.append(x)
     strides = x.stride()
