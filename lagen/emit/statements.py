@@ -335,11 +335,16 @@ class Statements:
 
     def prefix(self, g: Expr) -> str:
         """Prints the prefix sums of a log-decay on a dim."""
-        key = Expr("prefix", (g,), dims=g.dims, token=True)
+        key = self.prefix_key(g)
         if key not in self.tiles:
             self.prelude.add("lg_sums")
             self.tiles[key] = self.let("b_sums", f"lg_sums({self.gate(g)}, DT)", self.axes(g))
         return self.tiles[key].text
+
+    @staticmethod
+    def prefix_key(g: Expr) -> Expr:
+        """Names the prefix sums of a log-decay as a value."""
+        return Expr("prefix", (g,), dims=g.dims, token=True)
 
     def total(self, g: Expr) -> tuple[Tile, Tile]:
         """Prints the sum of a log-decay over the chunk."""
@@ -371,8 +376,10 @@ class Statements:
         """Prints the decay from a token to the chunk's end."""
         if n.dims:
             self.prelude.add("lg_end")
-            sums = self.prefix(n.args[0])
-            return self.let("e_c", f"lg_end({self.gate(n.args[0])}, {sums}, BT, DT, PRECISION)", self.axes(n))
+            g, sums = self.gate(n.args[0]), self.tiles.get(self.prefix_key(n.args[0]))
+            # a sweep that needs no prefix sums has no registers for them
+            after = f"tl.sum({g}, axis=0)[None, :] - {sums.text}" if sums else f"tl.cumsum({g}, axis=0, reverse=True) - {g}"
+            return self.let("e_c", f"lg_end({g}, {after}, BT, DT, PRECISION)", self.axes(n))
         (th, tl), found = self.total(n.args[0]), self.coordinate(n.args[0])
         axes = found["h"].axes
         text = f"({self.spread(th, axes)} - {found['h'].text}) + ({self.spread(tl, axes)} - {found['l'].text})"
