@@ -104,6 +104,11 @@ def test_an_else_belongs_to_its_own_branch() -> None:
     assert done.loads == work(count(ROLES).to_json(), {"NY": 2, "T": 6}, 9).loads and done.stores["q"] == pytest.approx(4 / 9)
 
 
+def test_a_loop_down_to_0_is_counted() -> None:
+    down = TTIR.replace("arith.constant 0 : i32", "arith.constant -1 : i32").replace("%c0_i32", "%c-1_i32").replace("%c0 ", "%c-1 ")
+    assert down != TTIR and work(count(down).to_json(), {"T": 640, "SEG": 4}).chain == 5
+
+
 def test_occupancy_and_bounds_follow_the_device() -> None:
     target = find("cuda:90")
     launch = describe("m", "k", {}, {}, 4, 2, target)

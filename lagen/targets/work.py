@@ -71,9 +71,9 @@ _SPECIAL = (
     "tt.precise_divf",
 )
 _FREE = ("tt.", "arith.constant", "scf.", "ttg.")
-_LINE = re.compile(r"^(?:(%[\w#:]+(?:, %[\w#:]+)*) = )?\"?([a-z_]+\.[a-z_0-9.]+)\"?(.*)$")
+_LINE = re.compile(r"^(?:(%[\w#:-]+(?:, %[\w#:-]+)*) = )?\"?([a-z_]+\.[a-z_0-9.]+)\"?(.*)$")
 _TENSOR = re.compile(r"tensor<((?:\d+x)+)([^<>]*(?:<[^<>]*>)?)")
-_NAME = re.compile(r"%[\w]+")
+_NAME = re.compile(r"%[\w-]+")  # the constant -1 is %c-1_i32
 _BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
 
 
@@ -175,7 +175,7 @@ def _loop(line: str, known: dict[str, Formula], bases: dict[str, str]) -> Nest:
     variable, low, high, step = (_NAME.findall(line.partition("scf.for")[2])[i] for i in range(4))
     first, last, by = (known.get(n) for n in (low, high, step))
     known[variable] = None
-    for inner, outer in re.findall(r"(%\w+) = (%\w+)", line.partition("iter_args")[2]):
+    for inner, outer in re.findall(r"(%[\w-]+) = (%[\w-]+)", line.partition("iter_args")[2]):
         if outer in bases:
             bases[inner] = bases[outer]
     if first is None or last is None or by is None:
