@@ -257,7 +257,18 @@ def carry_of(state: State, x: str, updated: bool = True) -> Carry:
         number = E.mul(n_near, n_far, *([reach(on_none)] if on_none else []))
         terms.append(Term(v_near, E.mul(v_far, number)))
     factors = tuple(whole(g) for g in state.decay)
-    return Carry(state.name, x, y, state.reverse, factors, tuple(terms) if updated else (), updated)
+    return Carry(state.name, x, y, state.reverse, factors, _by_vector(terms) if updated else (), updated)
+
+
+def _by_vector(terms: list[Term]) -> tuple[Term, ...]:
+    """Adds up what is written along one vector; a sum of vectors that are written along anyway is taken apart, numbers going far."""
+    found: dict[Expr, list[Expr]] = {}
+    for t in terms:
+        for n, v in map(strip, E.addends(t.near)):
+            found.setdefault(v, []).append(E.mul(t.far, n))
+    if len(found) > len(terms) or all(t.near.op not in ("add", "sub") for t in terms):
+        return tuple(terms)
+    return tuple(Term(v, E.add(*far)) for v, far in found.items())
 
 
 def merge(e: Expr) -> Expr:
