@@ -154,11 +154,24 @@ class Recurrence:
         return {s.name: s for s in self.states}[name]
 
     @property
-    def staged(self) -> bool:
-        """Tells whether a state is written, or read by a vector, that another state's readout makes."""
-        inside = [x for s in self.states for x in s.operands]
-        vectors = [n.args[0] for _, e in self.outputs for n in reads(e, "readout")]
-        return any(reads(x, "readout") for x in (*inside, *vectors))
+    def stage_of(self) -> dict[str, tuple[int, int]]:
+        """Says of each state how many follow one on another up to it, and how many after it, as readouts of one feed the next.
+
+        A state is fed by the readouts that it is written or decayed by, and by those that make the vectors it is read with.
+        """
+        reading = dict.fromkeys(
+            n for x in (*(e for _, e in self.outputs), *(x for s in self.states for x in s.operands)) for n in reads(x, "readout")
+        )
+        fed: dict[str, set[str]] = {}
+        for s in self.states:
+            given = (*s.operands, *(n.args[0] for n in reading if n.name == s.name))
+            fed[s.name] = {n.name for x in given for n in reads(x, "readout")} - {s.name}
+
+        def longest(name: str, ways: dict[str, set[str]]) -> int:
+            return max((1 + longest(other, ways) for other in ways[name]), default=0)
+
+        feeding = {name: {other for other, found in fed.items() if name in found} for name in fed}
+        return {name: (longest(name, fed), longest(name, feeding)) for name in fed}
 
     def verify(self) -> None:
         """Raises AssertionError with the value that breaks the canonical form."""

@@ -7,6 +7,7 @@ output is lowered to a token-wise expression over readouts. An illegal line rais
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NoReturn
 
 from lagen.ir import expr as E
@@ -34,7 +35,7 @@ def canonicalise(variant: Variant) -> Recurrence:
         name=variant.name,
         inputs=variant.inputs,
         params=variant.params,
-        states=tuple(done.values()),
+        states=_joined(tuple(done.values())),
         outputs=outputs,
         output_dims=tuple(o.dims for o in variant.outputs),
         names=tuple((n, e) for n, e in variant.names if not E.reads(e, "past", "now")),
@@ -207,6 +208,19 @@ def _merged(algebra: Algebra, writes: tuple[Write, ...]) -> tuple[Write, ...]:
         key = algebra.of(w.col)
         by_col[key] = Write(_summed([by_col[key].row, w.row]), by_col[key].col) if key in by_col else w
     return tuple(by_col.values())
+
+
+def _joined(states: tuple[State, ...]) -> tuple[State, ...]:
+    """Lets a matrix state write the number times a vector that a vector state writes: what comes back to the two is then one sum."""
+    algebra = Algebra(states)
+    products = {algebra.of(w.row): w.row for s in states if len(s.dims) == 1 and not s.peak for w in s.writes}
+
+    def join(w: Write) -> Write:
+        number, col = split_scalar(w.col)
+        row = products.get(algebra.of(E.mul(number, w.row))) if number != ONE else None
+        return w if row is None else Write(row, col)
+
+    return tuple(s if s.solves or len(s.dims) != 2 else replace(s, writes=tuple(map(join, s.writes))) for s in states)
 
 
 # ---- outputs --------------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ RULES: dict[str, Rule] = {
 class _Gate:
     """What a log-decay's gradient is made of so far: strict terms of reads and writes, and the states it decays.
 
-    States that stand in stages are swept apart, and have a gate each.
+    States of different stages are swept apart, and have a gate each.
     """
 
     reads: Expr = E.ZERO
@@ -154,8 +154,8 @@ class _Tape:
         }
         self.cotangent: dict[Expr, Expr] = {}
         self.readouts: dict[str, list[tuple[Expr, Expr]]] = {s: [] for s in self.states}
-        self.gates: dict[Expr, dict[str, _Gate]] = {}
-        self.staged = recurrence.staged
+        self.gates: dict[Expr, dict[tuple[int, int], _Gate]] = {}
+        self.stage = recurrence.stage_of
         self.reverse: list[State] = []
 
     def order(self, roots: list[Expr]) -> list[Expr]:
@@ -303,7 +303,7 @@ class _Tape:
 
     def fade(self, state: State, back: State, g: Expr) -> None:
         """Gives a log-decay its strict terms: of reads from the state, of writes from the reverse state of the same pairs."""
-        gate = self.gates.setdefault(g, {}).setdefault(state.name if self.staged else "", _Gate())
+        gate = self.gates.setdefault(g, {}).setdefault(self.stage[state.name], _Gate())
         gate.states.append(state.name)
         gate.backs.append(back.name)
         for n, vector, d in self.strict(state):

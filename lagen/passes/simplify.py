@@ -19,11 +19,19 @@ _INCLUSIVE = {"decayed": "now", "later": "since"}
 
 
 def simplify(adjoint: Adjoint) -> Adjoint:
-    """Joins strict readouts with own terms in every gradient of ``adjoint``."""
+    """Joins strict readouts with own terms in every gradient of ``adjoint``, and in what reverse states are written."""
     states = {s.name: s for s in adjoint.recurrence.states + adjoint.states}
-    strict = {n for _, e in adjoint.gradients for s in E.reads(e, "suffix") for a in s.args for n in walk(a) if n.op == "readout"}
-    gradients = tuple((name, gather(absorb(e, states, strict))) for name, e in adjoint.gradients)
-    return replace(adjoint, gradients=gradients)
+    given = [*(e for _, e in adjoint.gradients), *(x for s in adjoint.states for w in s.writes for x in (w.row, w.col))]
+    strict = {n for e in given for s in E.reads(e, "suffix") for a in s.args for n in walk(a) if n.op == "readout"}
+
+    def simple(e: Expr) -> Expr:
+        return gather(absorb(e, states, strict))
+
+    return replace(
+        adjoint,
+        states=tuple(replace(s, writes=tuple(replace(w, row=simple(w.row), col=simple(w.col)) for w in s.writes)) for s in adjoint.states),
+        gradients=tuple((name, simple(e)) for name, e in adjoint.gradients),
+    )
 
 
 def own_terms(node: Expr, state: State) -> list[Expr]:

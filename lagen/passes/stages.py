@@ -122,4 +122,15 @@ def stages(states: tuple[State, ...], targets: list[Target], head: str, taken: s
         fresh = [s if all(depths.stage(u.leaf) == level for u in s.solves) else replace(s, solves=()) for s in ready]  # solved once
         out.append(Stage(tuple(fresh), tuple((b, loaded(e)) for b, e in wanted)))
         table = table | {e: b.leaf for e, b in made.items()}
-    return tuple(out)
+    return _used(out, {b for b, _ in targets})
+
+
+def _used(found: list[Stage], targets: set[Buffer]) -> tuple[Stage, ...]:
+    """Leaves out what crosses and no later stage loads: where a sum crosses, its addends need not."""
+    out: list[Stage] = []
+    loaded: set[Expr] = set()
+    for stage in reversed(found):
+        kept = tuple((b, e) for b, e in stage.targets if b in targets or b.leaf in loaded)
+        out.append(replace(stage, targets=kept))
+        loaded.update(walk(*(e for _, e in kept), *(x for s in stage.states for x in s.operands)))
+    return tuple(reversed(out))
