@@ -392,10 +392,16 @@ class _Printer:
         if isinstance(step, Suffix):
             n = step.node
             pad = _pad((n.dims or ("",))[0])
-            x, y, decay = (self.operand(a) for a in n.args)
+            x, y, decay, *fours = (self.operand(a) for a in n.args)
             anew = any(m.suffix == n for m in self.program.meetings)
             met = f"is_kept(t0) ? w.met_{self.names[n]} + t0 / KEPT * {pad} : nullptr" if anew else "nullptr"
-            return [f"suffix(w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, {decay}, n, {pad}, t0 + n == z.T, {met});"]
+            call = f"w.sum_{self.names[n]}, {self.where(n)}, {x}, {y}, {decay}"
+            if not fours:
+                return [f"suffix({call}, n, {pad}, t0 + n == z.T, {met});"]
+            each = ", ".join("{" + ", ".join(four) + "}" for four in zip(*(fours[i::4] for i in range(4)), strict=True))
+            row, col = (_size(a.dims[0]) for a in n.args[3:5])
+            call = f"suffix_of_pairs({call}, pairs, {row}, {col}, n, t0 + n == z.T, {met});"
+            return ["{", f"  const Pair pairs[] = {{{each}}};", f"  {call}", "}"]
         return self.resize(step, once)
 
     def value(self, node: Expr, dim: str, inside: set[Expr], preamble: dict[str, str], body: list[str]) -> str:

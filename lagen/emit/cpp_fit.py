@@ -32,6 +32,19 @@ def outers(e: Expr) -> list[tuple[Expr, Expr]]:
     return found
 
 
+def products(both: list[tuple[State, State]]) -> list[tuple[Expr, Expr, Expr, Expr]]:
+    """Lists what two tokens multiply for the gradient of the one decay of states, each with its reverse; none where there is more to it.
+
+    A four is the row and the column that the earlier token writes to a state, and those that the later one writes to its reverse.
+    """
+    states = [s for two in both for s in two]
+    plain = all(len(s.dims) == 2 and s.dims == states[0].dims and not s.solves and len(s.decay) == 1 for s in states)
+    if not plain or not all(w.decayed for s in states for w in s.writes):
+        return []
+    found = [(w.row, w.col, r.row, r.col) for a, b in both for w in a.writes for r in b.writes]
+    return found if all(x.dims and x.token for four in found for x in four) else []
+
+
 def _unwalked(dense: list[State], roots: list[Expr]) -> str:
     """Returns what one reverse walk of a dense state's gradient cannot give, or nothing."""
     if len(dense) > 1:

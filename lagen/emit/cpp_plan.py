@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lagen.emit.cpp_fit import LEAVES, REDUCTIONS, RESIZES, Fallback, outers, unfit
+from lagen.emit.cpp_fit import LEAVES, REDUCTIONS, RESIZES, Fallback, outers, products, unfit
 from lagen.emit.cpp_scan import Elements, elements, log_of
 from lagen.ir import expr as E
 from lagen.ir.expr import ONE, Expr, walk
 from lagen.ir.recurrence import Adjoint, Recurrence, Solve, State, Write, closings, readout
 from lagen.ir.scalar import FUNCTIONS
 from lagen.ir.tunable import AtMost, Tunable, Tunables
-from lagen.ir.variant import Tensor
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 
@@ -107,7 +106,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Suffix:
-    """A running sum from the last token on: the gradient of a log-decay. Operands: x, y and, where the sum may start anew, exp(g)."""
+    """A running sum from the last token on: the gradient of a log-decay. Operands: x, y, exp(g) and, in fours, ``pairs``."""
 
     node: Expr
 
@@ -235,6 +234,8 @@ class _Planner:
         self.solver = {u.leaf: s.name for s in states for u in s.solves}
         self.states = self.raw
         self.pair = next(((s.of, s.name) for s in states if s.dense and s.reverse), ())
+        own = {t.name for t in self.params}
+        self.summed = any(n.op == "suffix" for name, e in sinks if name in own for n in walk(e))
         self.lowered: dict[Expr, Expr] = {}
         self.pure: dict[Expr, bool] = {}
         self.states = {s.name: self.lower_state(s) for s in states}
@@ -264,7 +265,7 @@ class _Planner:
         if n.op == "suffix":
             covered = self.raw[n.attr("states").split()[0]]
             gate = next(g for g in covered.decay if g.dims == n.dims)
-            return replace(n, args=(*(self.lower(a) for a in n.args), E.call("exp", self.lower(gate))))
+            return replace(n, args=(*(self.lower(a) for a in n.args), E.call("exp", self.lower(gate)), *self.pairs(n)))
         if n.op == "contract" and any(len(a.dims) > 1 and a.op == "param" for a in n.args):
             x, w = sorted(n.args, key=lambda a: len(a.dims))
             flat = Expr("param", name=w.name, dims=(f"{n.dims[0]}|{n.attr('dim')}",), head=w.head)
@@ -279,6 +280,11 @@ class _Planner:
         state = replace(readout(self.states[n.name], ONE, "", n.attr("at")), head=self.states[n.name].head)
         vector = self.lower(n.args[0])
         return E.contract(vector, state) if n.attr("dim") else E.mul(vector, state)
+
+    def pairs(self, suffix: Expr) -> tuple[Expr, ...]:
+        """Lists the ``products`` of two tokens for a decay's gradient that a param adds up with all that it rounds."""
+        both = [(self.raw[name], self.raw[back]) for name, back in closings(suffix)]
+        return tuple(self.lower(x) for four in products(both) for x in four) if self.summed and not suffix.dims else ()
 
     def stored(self, n: Expr) -> bool:
         """Tells whether a value has a row for every token: an input, or what an earlier pass keeps."""
@@ -448,9 +454,7 @@ class _Planner:
                 passes.append(Pass(bool(level % 2), loads, steps, stores, here, added))
         once = [n for n in constants if n.op not in LEAVES]
         params = tuple(n for n in constants if n.op == "param")
-        own = {t.name for t in self.params}
-        summed = any(n.op == "suffix" for name, e in self.sinks if name in own for n in walk(e))
-        every, meetings = 1 if self.pair else OFTEN if summed else EVERY, self.meetings(nodes)
+        every, meetings = 1 if self.pair else OFTEN if self.summed else EVERY, self.meetings(nodes)
         return Program(self.head, schedule(once, []), params, tuple(reversed(passes)), tuple(kept), self.sinks, ends, meetings, every)
 
     def meetings(self, nodes: list[Expr]) -> tuple[Meeting, ...]:
@@ -582,8 +586,3 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
                 found = True
         assert found, f"no order for {[str(n) for n in left]} and {[s.label for s in pending]}"
     return tuple(steps)
-
-
-def outputs_of(recurrence: Recurrence) -> tuple[Tensor, ...]:
-    """Lists the outputs of ``recurrence`` as tensors."""
-    return tuple(Tensor(n, e.head, d, True) for (n, e), d in zip(recurrence.outputs, recurrence.output_dims, strict=True))
