@@ -545,7 +545,10 @@ def home(node: Expr) -> str:
 
 
 def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
-    """Orders the nodes of a pass (operands first in ``nodes``) into loops, joining as many as can stand in one."""
+    """Orders the nodes of a pass (operands first in ``nodes``) into loops, joining as many as can stand in one.
+
+    A loop that gives no sweep anything waits until all sweeps are over: there it joins those that read what it makes.
+    """
     left = dict.fromkeys(n for n in nodes if n.op not in ("readout", "solved", "scanned"))
     inside = set(nodes)
     pending = list(sweeps)
@@ -556,6 +559,7 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
 
     while left or pending:
         missing = set(left) | {r for s in pending for r in s.makes if r in inside or r.op == "solved"}
+        wanted = set(walk(*(x for s in pending for x in s.operands))) if pending else set(left)
         found = False
         for dim in dict.fromkeys(["", *sorted(home(n) for n in left)]):
             chosen: list[Expr] = []
@@ -566,7 +570,7 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
                 chosen.append(n)
                 if n.op not in REDUCTIONS:
                     blocked.discard(n)
-            if chosen:
+            if not wanted.isdisjoint(chosen):
                 steps.append(Loop(dim, tuple(chosen)))
                 for n in chosen:
                     del left[n]
@@ -574,7 +578,7 @@ def schedule(nodes: list[Expr], sweeps: Iterable[Sweep]) -> tuple[Step, ...]:
                 break
         if found:
             continue
-        for n in [n for n in left if n.op in (*RESIZES, "suffix") and ready(n, missing)]:
+        for n in [n for n in left if n.op in (*RESIZES, "suffix") and n in wanted and ready(n, missing)]:
             steps.append(Suffix(n) if n.op == "suffix" else Resize(n))
             del left[n]
             found = True
