@@ -114,6 +114,31 @@ def test_both_directions_share_their_pair_weights_where_one_kernel_reads_them() 
     assert not [n for n in walk(*met.values) if n.op == "pairs" and n.attr("reverse") == "1"]
 
 
+def nodes(kernels: tuple[Kernel, ...]) -> list[Expr]:
+    return list(walk(*(v for k in kernels for v in k.values)))
+
+
+def test_what_readers_of_the_undecayed_state_sum_is_that_of_the_token_before() -> None:
+    for name, launches in (("rwkv6", 1), ("rwkv7", 2), ("dplr", 2)):
+        made = plan_of(name)
+        assert any(n.op == "lag" for n in nodes(made.backward)), name
+        assert not any(n.op == "mix" and len(n.args) == 4 and n.attr("prev") == "1" for n in nodes(made.backward)), name
+        assert sum(k.kind == "chunks" for k in made.backward) == launches, name
+
+
+def test_an_inverse_lies_above_the_scores_of_its_launch() -> None:
+    for name in ("kda", "gdn2"):
+        made = plan_of(name)
+        assert [s.buffer.name for k in made.forward for s in k.stores if s.value.op in ("pack", "inverse")] == ["scores_k"], name
+        assert all("inverse" not in b.name for b in made.saved) and any(n.op == "above" for n in nodes(made.backward)), name
+
+
+def test_a_sweep_that_solves_loads_its_pair_weights_where_they_are_several() -> None:
+    made = plan_of("iplr")
+    for k in (k for k in made.forward + made.backward if k.kind == "sweep" and not k.parallel):
+        assert not any(n.op == "gram" for n in walk(*k.values)), k.name
+
+
 def test_row_functions_cross_memory_as_numbers() -> None:
     made = plan_of("efficient_attention")
     assert {b.name: b.dims for b in made.saved if b.token} == {"x0": (), "x1": ()}, "a softmax's maximum and sum, not its vector"

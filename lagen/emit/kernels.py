@@ -538,7 +538,7 @@ class KernelPrinter:
         """Prints what a decay makes of a chunk: tiles of its dim are stored in passing, pair scores are summed over them."""
         out = self.out
         summed = [s for s in self.kernel.stores if is_square(s.value)]
-        names = {s.value: s.buffer.name for s in summed}
+        names = {s.value.args[0] if s.value.op == "pack" else s.value: s.buffer.name for s in summed}
         # what takes no level comes first, so that a loop finds few tiles alive
         plain = [s for s in self.kernel.stores if s not in summed and not any(map(is_leveled, E.walk(s.value)))]
         for store in plain:

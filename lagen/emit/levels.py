@@ -44,7 +44,7 @@ class _Loop:
         self.out, self.values, self.axes = out, values, (ROW, *gate.dims)
         self.diagonals = [n for n in nodes if n.op == "diag" and n.args[0].op == "gram"]
         self.sides = [n for n in nodes if n.op in ("readers", "writers") and set(values).issuperset(n.args)]
-        self.gate = self.named("b_g", out.guarded(gate))
+        self.gate = out.gate(gate)
         self.exponents: dict[str, str] = {}  # by whether reads are of the state before their own token's decay
         self.body: list[str] = []
         self.near: dict[str, str] = {}  # lines of the body that stand for a value, by text

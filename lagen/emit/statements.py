@@ -30,7 +30,7 @@ class Tile:
 
 def zero_preserving(n: Expr) -> bool:
     """Tells whether a value is surely 0 on padding rows and lanes, given that loads are."""
-    if n.op in ("input", "stored", "lead", "follows", "diag"):
+    if n.op in ("input", "stored", "above", "lead", "follows", "diag"):
         return n.token
     if n.op == "const":
         return n.value == 0.0
@@ -41,7 +41,7 @@ def zero_preserving(n: Expr) -> bool:
     if n.op in ("inter", "gram"):  # a row of zeros reads and scores nothing; a carry's lanes are 0 where they are padding
         return bool(n.args[0].dims) and zero_preserving(n.args[0])
     if n.op == "flip":  # columns of padding were scored by rows of zeros
-        return n.args[0].op == "stored" or any(x.op == "gram" and zero_preserving(x.args[1]) for x in _product(n.args[0]))
+        return n.args[0].op in ("stored", "above") or any(x.op == "gram" and zero_preserving(x.args[1]) for x in _product(n.args[0]))
     if n.op == "mix":  # what is added up is guarded
         return bool(n.dims) and n.args[0].dims == (COL,) and zero_preserving(n.args[0])
     if n.op in FUNCTIONS and FUNCTIONS[n.op].zero and n.op != "div":
@@ -212,6 +212,10 @@ class Statements:
     def make_flip(self, n: Expr) -> Tile:
         """Prints stored pair scores with rows and columns exchanged: the load itself is transposed."""
         a = n.args[0]
+        if a.op == "above":
+            name = a.args[0].name
+            self.loads[name] = a.args[0]
+            return self.unit(f"tl.load(p_{name} + (o_t[:, None] * {name}_st + o_c[None, :]), mask=m_t[:, None] & {{}}, other=0.0)", "<")
         if a.op != "stored":
             tile = self.wide(a)
             return self.let(f"{tile.text}_f", f"tl.trans({tile.text})", (ROW, COL))
@@ -330,8 +334,11 @@ class Statements:
         return self._coordinates[key]
 
     def gate(self, g: Expr) -> str:
-        """Prints a log-decay on a dim, zero on padding."""
-        return self.guarded(g).text
+        """Prints a log-decay on a dim, zero on padding, and names it."""
+        tile = self.guarded(g)
+        if not tile.text.isidentifier():
+            tile = self.tiles[g] = self.let("b_g", tile.text, tile.axes)
+        return tile.text
 
     def prefix(self, g: Expr) -> str:
         """Prints the prefix sums of a log-decay on a dim."""
@@ -445,6 +452,22 @@ class Statements:
         """Prints (I - A)^-1 of strictly lower weights."""
         self.prelude.add("lg_inverse")
         return self.let("b_T", f"lg_inverse({self.wide(n.args[0]).text}, LEVELS, BT, EXACT)", (ROW, COL))
+
+    def make_pack(self, n: Expr) -> Tile:
+        """Prints two triangles as one table."""
+        scores, inverse = (self.wide(a).text for a in n.args)
+        return self.let("b_L", f"tl.where(o_c[:, None] >= o_c[None, :], {scores}, tl.trans({inverse}))", (ROW, COL))
+
+    def make_above(self, n: Expr) -> Tile:
+        """Prints the load of a unit lower table that lies above the diagonal of another one."""
+        name = n.args[0].name
+        self.loads[name] = n.args[0]
+        return self.unit(f"tl.load(p_{name} + (o_t[None, :] * {name}_st + o_c[:, None]), mask=m_t[None, :] & {{}}, other=0.0)", ">")
+
+    def unit(self, load: str, side: str) -> Tile:
+        """Prints a triangle on a ``side`` of the diagonal, with ones on that."""
+        text = load.format(f"(o_c[:, None] {side} o_c[None, :])")
+        return self.let("b_T", f"tl.where((o_c[:, None] == o_c[None, :]) & m_t[:, None], 1.0, {text})", (ROW, COL), raw=True)
 
     def make_compose(self, n: Expr) -> Tile:
         """Prints the product of two tables of pair weights, in float32."""

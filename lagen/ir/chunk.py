@@ -21,6 +21,8 @@ ir/expr.py there are:
     peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
     weigh(W, P)              W * P: what each token reads of another's write                                     [C, C]
     inverse(A)               (I - A)^-1 of strictly lower weights                                                [C, C]
+    pack(A, T)               A on the diagonal and below it, a unit lower T transposed above                      [C, C]
+    above(A)                 the unit lower table that was packed above the diagonal of A                         [C, C]
     compose(P, Q)            P Q over the tokens                                                                 [C, C]
     spans(x)                 sum over the chunk's pairs (reader i, earlier writer) in x with i >= t > writer     [C, ..]
     suffix(x, y)             as in ir/recurrence.py; a forward sweep made x: as it is (reads=rows), or spans(x)  [C, ..]
@@ -47,7 +49,7 @@ ROW, COL = "@", "#"
 
 TILE_OPS = (
     *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans", "diag"),
-    *("weigh", "inverse", "compose", "twins", "readers", "writers", "lag"),
+    *("weigh", "inverse", "compose", "twins", "readers", "writers", "lag", "pack", "above"),
 )
 
 
@@ -57,7 +59,7 @@ SQUARES = ("inverse", "compose", "add")
 
 def is_square(e: Expr) -> bool:
     """Tells whether a value is pair scores, or a block of an inverse."""
-    return e.op in ("gram", *SQUARES) and COL in e.dims
+    return e.op in ("gram", "pack", *SQUARES) and COL in e.dims
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
 from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, map_recurrence, operands_of, token_kernels
 from lagen.passes.order import beside, in_circles, in_order
+from lagen.passes.packing import pack
 from lagen.passes.pair_sums import gather, join, lag
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.scans import plan_scans, scan_axes
@@ -123,6 +124,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         stepped + back.states,
         borders if cuttable and all(s.causal and s.head == head for s in core.states) else (),
     )
+    made = pack(made)
     made.verify()
     return made
 
