@@ -52,4 +52,4 @@ def test_what_is_complete_is_stored_before_the_next_tile_is_made() -> None:
         "    tl.store(p_y, b_y)",
         "tl.store(p_x, b_x)",
     ]
-    assert arranged(lines, "K") == [lines[0], lines[2], lines[6], lines[1], lines[3], lines[4], lines[5]]
+    assert arranged(lines, "K", 64) == [lines[0], lines[2], lines[6], lines[1], lines[3], lines[4], lines[5]]

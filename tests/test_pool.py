@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lagen
 from lagen import data
@@ -71,11 +72,33 @@ def test_rows_advance_their_slots(name: str) -> None:
             check_pool(name, backend)
 
 
-@pytest.mark.parametrize("name", ["gla", "linear_attention", "mamba2", "hedgehog"])
+@pytest.mark.parametrize("name", ["gla", "linear_attention", "mamba2", "hedgehog", "mlstm"])
 def test_rows_advance_their_slots_in_kernels(name: str) -> None:
     with sanitize() as findings:
         check_pool(name, "triton", (("K", 13), ("V", 70)))
     assert [str(f) for f in findings] == []
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many rows the results of operations have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        self.rows += [made.shape[0]] if isinstance(made, Tensor) and made.dim() > 1 else []
+        return made
+
+
+def test_a_step_in_kernels_copies_no_pool() -> None:
+    """Where several programs read a state that one writes, they read a copy of the call's rows."""
+    op, tensors, pool = serve("linear_attention", 1, dims=(("K", 13), ("V", 70)))
+    large = [torch.cat([s] * 20) for s in pool]
+    with Sizes() as seen:
+        op.step(*token(op, tensors, 0), one(large), slots=torch.tensor([70, -1, 3]), backend="triton")
+    assert max(seen.rows) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -198,7 +198,7 @@ class KernelPrinter:
             lines.append("scale")
         lines.append("cu_seqlens, NSEQ" if self.out.rows else "slots")
         if self.kernel.kind == "step":
-            lines.append("HV, G, NY")
+            lines.append("HV, G, NY" + ", APART: tl.constexpr" * any(name.startswith("next_") for name, _ in self.pointers))
         elif self.kernel.kind == "chunks":
             lines.append("T, HV, G, NY, NC, LEVELS")
         elif self.kernel.kind == "tokens":
@@ -492,12 +492,14 @@ class KernelPrinter:
     def step(self) -> list[str]:
         """Prints one token: old, decayed and new states, then the outputs."""
         out = self.out
+        if any(self.alone(s.head, s.dims) for s in self.states.values()):
+            out.lines.append("i_o = i_b if APART else i_n  # the row of a state that other programs read too")
         for state in self.states.values():
             name = f"b_{state.name}"
             out.used |= {name, f"{name}_d", f"{name}_n"}
             self.pointers.append((f"state_{state.name}", state))
             axes = state.dims
-            at, mask = self.step_place(state, f"state_{state.name}")
+            at, mask = self.step_place(state, f"state_{state.name}", "i_o" if self.alone(state.head, state.dims) else "i_n")
             out.lines.append(f"{name} = tl.load({at}, mask={mask}, other=0.0)" if mask else f"{name} = tl.load({at})")
             if state.peak:
                 past = " + ".join([name, *(out.spread(out.wide(g), axes) for g in state.decay)])
@@ -519,19 +521,19 @@ class KernelPrinter:
             if alone:  # others read the old state meanwhile
                 name = f"next_{state.name}"
                 self.pointers.append((name, state))
-            at, mask = self.step_place(state, name)
+            at, mask = self.step_place(state, name, "i_n")
             line = f"tl.store({at}, b_{state.name}_n" + (f", mask={mask})" if mask else ")")
             out.lines += [f"if {alone}:", f"    {line}"] if alone else [line]
         return out.lines
 
-    def step_place(self, state: State, name: str) -> tuple[str, str]:
+    def step_place(self, state: State, name: str, row: str) -> tuple[str, str]:
         """Prints pointer and mask of a state's tile in the step kernel; ``name`` is the tensor's."""
         out, axes = self.out, state.dims
         place = " + ".join(
             out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
             for i, d in enumerate(axes)
         )
-        at = self.point(name, state, "i_n")
+        at = self.point(name, state, row)
         return (f"{at} + {place}" if place else at), out.mask(axes)
 
     def chunks(self) -> list[str]:
@@ -540,8 +542,7 @@ class KernelPrinter:
         summed = [s for s in self.kernel.stores if is_square(s.value)]
         names = {s.value.args[0] if s.value.op == "pack" else s.value: s.buffer.name for s in summed}
         # what takes no level comes first, so that a loop finds few tiles alive
-        plain = [s for s in self.kernel.stores if s not in summed and not any(map(is_leveled, E.walk(s.value)))]
-        for store in plain:
+        for store in (plain := [s for s in self.kernel.stores if s not in summed and not any(map(is_leveled, E.walk(s.value)))]):
             self.store(store)
         self.before += (begun := print_levels(out, self.kernel.values, names))
         for store in (s for s in self.kernel.stores if s not in plain):

@@ -90,6 +90,7 @@ class _Module:
                 functions=functions,
                 chunk=self.chunk,
                 scans=any(k.kind == "scan" for k in self.plan.forward),
+                shared=any(name.startswith("next_") for p in done.values() if isinstance(p, Printed) for name, _ in p.states),
                 saves=len(self.plan.saved),
                 segments=_printed(segments),
                 tiles=_printed(tiles),
@@ -285,8 +286,9 @@ class _Module:
             args.append(f"T, HV, G, NY, NSEG, SEG{marks}" + (f", triton.cdiv({rows_of(k)}, B{rows_of(k)})" if rows_of(k) else ""))
         elif k.kind == "step":
             lines.append(f"NY = {tile}")
-            lines += [line for name, s in p.states if name.startswith("next_") for line in self.keep(s, k.tile)]
-            args.append("HV, G, NY")
+            shared = [s for name, s in p.states if name.startswith("next_")]
+            lines += self.keep(shared, k.tile)
+            args.append("HV, G, NY" + ", apart" * bool(shared))
         elif k.kind == "chunks":
             lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)")
             args.append("T, HV, G, NY, NC, BT.bit_length() - 1")
@@ -333,13 +335,16 @@ class _Module:
         warps, stages = (f"max({', '.join(f'{what}_{k.name}' for k in kernels)})" for what in ("warps", "stages"))
         return lines + self.calls(kernels[0].launch, grid, [given[n] for n in order], warps, stages)
 
-    def keep(self, s: State, tile: str) -> list[str]:
-        """Prints the copy of a state that several programs of a step read, where there are several: one of them writes it."""
-        programs = ([] if tile in ("", *s.dims) else ["NY"]) + ([] if s.head == self.top else ["G" if s.head else "HV"])
-        return [
-            f"next_{s.name} = state_{s.name}",
-            f"state_{s.name} = state_{s.name}.clone() if {' * '.join(programs)} > 1 else state_{s.name}",
-        ]
+    def keep(self, shared: list[State], tile: str) -> list[str]:
+        """Prints the copy of states that several programs of a step read, where there are several: one of them writes."""
+        tiled = any(tile not in ("", *s.dims) for s in shared)
+        heads = dict.fromkeys("G" if s.head else "HV" for s in shared if s.head != self.top)
+        programs = " * ".join(["NY"] * tiled + list(heads))
+        lines = [f"apart = {programs} > 1  # several programs read what one of them writes: they read a copy of its rows"] if shared else []
+        for s in shared:
+            lines.append(f"next_{s.name} = state_{s.name}")
+            lines.append(f"state_{s.name} = _rows_of(state_{s.name}, slots) if apart else state_{s.name}")
+        return lines
 
     def token(self, name: str) -> bool:
         """Tells whether a tensor has batch and time."""
