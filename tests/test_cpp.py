@@ -138,8 +138,11 @@ def test_a_param_of_two_dims_of_any_size(name: str, dims: dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("gate", [None, -1.0, -5.0, -20.0])
-@pytest.mark.parametrize("name, time, regime", [("mamba2", 200, "resets"), ("retnet", 133, "resets"), ("retnet", 63, "mild")])
-def test_a_param_that_sums_what_a_decays_gradient_rounds(name: str, time: int, regime: str, gate: float | None) -> None:
+@pytest.mark.parametrize(
+    "name, time, regime, limit",
+    [("mamba2", 200, "resets", 2e-5), ("retnet", 133, "resets", 2e-5), ("retnet", 133, "mild", 1e-5), ("retnet", 63, "mild", 1e-5)],
+)
+def test_a_param_that_sums_what_a_decays_gradient_rounds(name: str, time: int, regime: str, limit: float, gate: float | None) -> None:
     """The sum over tokens may cancel by chance, as in the first of retnet's resets (to a thirtieth), and is still this near."""
     op, variant = loaded(name)
     param = {"mamba2": "dA_log", "retnet": "dg_gamma"}[name]
@@ -147,7 +150,7 @@ def test_a_param_that_sums_what_a_decays_gradient_rounds(name: str, time: int, r
         case = make(variant, Extent(time, batch=1, heads=2, group=1, dims=(("K", 64), ("V", 64))), regime, carried=True, seed=seed)
         case = case if gate is None else decayed_by(variant, case, gate)
         off = error(run(op, case)[param], reference(op, variant, case)[param])
-        assert off < 2e-5, f"{off}, seed {seed}"
+        assert off < limit, f"{off}, seed {seed}"
 
 
 def decayed_by(variant: lagen.ir.variant.Variant, case: Case, gate: float) -> Case:
