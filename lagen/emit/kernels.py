@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass, replace
 
 from lagen.emit.arrange import arranged
-from lagen.emit.levels import is_leveled, print_levels
+from lagen.emit.levels import print_levels
 from lagen.emit.peaks import next_peak, store_before
 from lagen.emit.statements import Statements, Tile
 from lagen.emit.step_statements import StepStatements
 from lagen.emit.sweep_statements import SweepStatements
 from lagen.emit.templates import environment
 from lagen.ir import expr as E
-from lagen.ir.chunk import COL, ROW, Carry, is_square
+from lagen.ir.chunk import COL, ROW, Carry, is_leveled, is_square
 from lagen.ir.expr import Expr
 from lagen.ir.plan import Buffer, Hold, Kernel, Store
 from lagen.ir.recurrence import Recurrence, State, closings

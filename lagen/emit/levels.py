@@ -10,15 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lagen.emit.statements import Statements, Tile
-from lagen.ir.chunk import COL, ROW
+from lagen.ir.chunk import COL, ROW, is_leveled
 from lagen.ir.expr import Expr, walk
 
 NEAR = "o_c[:, None] == o_c[None, :]"
-
-
-def is_leveled(n: Expr) -> bool:
-    """Tells whether a value takes a loop over levels; its last operand is the decay."""
-    return (n.op == "gram" and len(n.args) == 3) or (n.op == "mix" and len(n.args) == 4) or n.op == "twins"
 
 
 def print_levels(out: Statements, roots: Sequence[Expr], names: Mapping[Expr, str]) -> list[str]:

@@ -213,9 +213,7 @@ class Statements:
         """Prints stored pair scores with rows and columns exchanged: the load itself is transposed."""
         a = n.args[0]
         if a.op == "above":
-            name = a.args[0].name
-            self.loads[name] = a.args[0]
-            return self.unit(f"tl.load(p_{name} + (o_t[:, None] * {name}_st + o_c[None, :]), mask=m_t[:, None] & {{}}, other=0.0)", "<")
+            return self.triangle(a.args[0], "[:, None]", "[None, :]", "<")
         if a.op != "stored":
             tile = self.wide(a)
             return self.let(f"{tile.text}_f", f"tl.trans({tile.text})", (ROW, COL))
@@ -460,13 +458,13 @@ class Statements:
 
     def make_above(self, n: Expr) -> Tile:
         """Prints the load of a unit lower table that lies above the diagonal of another one."""
-        name = n.args[0].name
-        self.loads[name] = n.args[0]
-        return self.unit(f"tl.load(p_{name} + (o_t[None, :] * {name}_st + o_c[:, None]), mask=m_t[None, :] & {{}}, other=0.0)", ">")
+        return self.triangle(n.args[0], "[None, :]", "[:, None]", ">")
 
-    def unit(self, load: str, side: str) -> Tile:
-        """Prints a triangle on a ``side`` of the diagonal, with ones on that."""
-        text = load.format(f"(o_c[:, None] {side} o_c[None, :])")
+    def triangle(self, table: Expr, rows: str, columns: str, side: str) -> Tile:
+        """Prints the load of what lies on a ``side`` of the diagonal, with ones on that; ``rows`` and ``columns`` place the table's own."""
+        name = table.name
+        self.loads[name] = table
+        text = f"tl.load(p_{name} + (o_t{rows} * {name}_st + o_c{columns}), mask=m_t{rows} & (o_c[:, None] {side} o_c[None, :]), other=0.0)"
         return self.let("b_T", f"tl.where((o_c[:, None] == o_c[None, :]) & m_t[:, None], 1.0, {text})", (ROW, COL), raw=True)
 
     def make_compose(self, n: Expr) -> Tile:

@@ -62,6 +62,11 @@ def is_square(e: Expr) -> bool:
     return e.op in ("gram", "pack", *SQUARES) and COL in e.dims
 
 
+def is_leveled(e: Expr) -> bool:
+    """Tells whether a value goes through the levels of the dyadic anchors: pair scores and sums under a decay, its last operand."""
+    return (e.op == "gram" and len(e.args) == 3) or (e.op == "mix" and len(e.args) == 4) or e.op == "twins"
+
+
 @dataclass(frozen=True)
 class Term:
     """One product n^T f that is added to a carry: ``near`` [C, X] or [C], ``far`` [C, Y] or [C]; numbers stand in either."""

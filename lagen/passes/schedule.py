@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from lagen.ir.chunk import is_leveled
 from lagen.ir.expr import walk
 from lagen.ir.plan import Kernel, Plan
 from lagen.ir.tunable import CHUNK, AtMost, Tunable, Tunables
@@ -21,9 +22,6 @@ _SCANNED = 48
 _OPERANDS = 8
 """Matrix operands that a sweep of 64-wide tiles keeps in flight without spilling (8 warps, 128 x 128 states, bf16)."""
 
-_LEVELED = ((("gram", 3),), (("mix", 4), ("twins", 5)))
-"""Pair scores and pair sums under a decay of their vectors: ops and how many operands they have."""
-
 FUSED = 1 << 20
 """A segment longer than any sequence: the scan is not cut."""
 
@@ -36,9 +34,8 @@ def widest_tile(k: Kernel) -> int:
     if k.kind == "scan":  # a lane of its own for every number of a token: a wider tile has more warps
         return 64
     operands = {n for n in walk(*k.values) if n.op in ("input", "stored") and n.dims}
-    if k.kind == "chunks":  # through the levels go pair scores, and pair sums with a table beside their vectors
-        scores, sums = (sum(n.op == op and len(n.args) == args for n in set(walk(*k.values)) for op, args in of) for of in _LEVELED)
-        return 64 if scores + 2 * sums <= 2 else 32
+    if k.kind == "chunks":  # pair sums have a table beside their vectors, which scores become
+        return 64 if sum(1 if n.op == "gram" else 2 for n in set(walk(*k.values)) if is_leveled(n)) <= 2 else 32
     matrices = sum(bool(h.carry.x and h.carry.y) for h in k.holds if not h.met)
     values = len({n for n in walk(*k.values) if n.dims and n.token})
     if k.kind == "sweep" and not matrices and values > _VALUES:  # vector states alone: all that a token computes is alive at once

@@ -104,7 +104,7 @@ def take_out(
     gated = [n for s in inverses for n in walk(s.value) if n.op == "gram" and _gate(n) is not None]
     between = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
     stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
-    nodes = _above("lag", (v for k in sweeps for v in k.values))  # what a lag is made of is no value of its own
+    nodes = _outside("lag", (v for k in sweeps for v in k.values))  # what a lag is made of is no value of its own
     inside = {n.args[1] for n in nodes if n.op == "add" and is_pair_sum(n)}  # added to what another launch may have stored
     for n in nodes:
         gate = _gate(n)
@@ -147,7 +147,7 @@ def take_out(
     return tuple(out)
 
 
-def _above(op: str, values: Iterable[Expr]) -> list[Expr]:
+def _outside(op: str, values: Iterable[Expr]) -> list[Expr]:
     """Lists the nodes of values, operands before users; what stands below an ``op`` is left out."""
     out: dict[Expr, None] = {}
 
@@ -203,7 +203,7 @@ def _scored(squares: list[Store]) -> list[list[Store]]:
 
 def _loads(values: Iterable[Expr]) -> set[Expr]:
     """Returns the vectors that a launch loads for ``values``, those of the tokens after apart."""
-    return {n for n in _above("lead", values) if n.op in (*LEAVES, "lead") and n.dims}
+    return {n for n in _outside("lead", values) if n.op in (*LEAVES, "lead") and n.dims}
 
 
 def stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
