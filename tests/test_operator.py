@@ -240,7 +240,7 @@ def test_opcheck_passes(op: Operator, keep: bool) -> None:
     state = torch.randn(B, HV, K, V, requires_grad=True) if keep else None
     torch.library.opcheck(op._dispatch.forward, (*given, state, None, None, 0.3, keep, "torch"))
     token = [x.detach()[:, 0] for x in given]
-    torch.library.opcheck(op._dispatch.step, (*token, torch.randn(B, HV, K, V), None, 0.3, "torch"))
+    torch.library.opcheck(op._dispatch.step, (*token, torch.randn(B, HV, K, V), torch.zeros(B, HV, V), None, 0.3, "torch"))
 
 
 def test_compile_takes_the_whole_graph_forward_backward_and_step(op: Operator) -> None:

@@ -241,7 +241,7 @@ def test_what_shares_memory_with_a_state_is_refused(backend: str) -> None:
     before = s.clone()
     for given, states, message in (
         ([s[:3, :, :, 0], *row[1:]], (s, z), "linear_attention: state S shares memory with q; a step writes it, and wants it apart"),
-        (row, (s, s[:, :, :, 0]), "linear_attention: states S and z share memory; a step wants them apart"),
+        (row, (s, s[:, :, :, 0]), "linear_attention: state z shares memory with state S; a step writes it, and wants it apart"),
         (row, (s[:1].expand(5, -1, -1, -1), z), "linear_attention: state S is an expanded view"),
     ):
         with pytest.raises(ArgumentError, match=message):
@@ -279,4 +279,5 @@ def test_compile_takes_a_step_over_a_pool() -> None:
     mine, other = pool[0].clone(), pool[0].clone()
     assert torch.equal(compiled(*tensors, mine), op.step(*tensors, other, slots=slots)[0])
     assert torch.equal(mine, other)
-    torch.library.opcheck(op._dispatch.step, (*token(op, tensors, 0), pool[0], slots, 0.5, ""))
+    row = token(op, tensors, 0)
+    torch.library.opcheck(op._dispatch.step, (*row, pool[0], torch.zeros_like(row[2]), slots, 0.5, ""))

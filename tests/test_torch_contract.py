@@ -49,7 +49,8 @@ def test_opcheck_passes(name: str) -> None:
     torch.library.opcheck(op._dispatch.forward, (*leaves, None, None, 0.5, variant.causal, ""))
     if variant.causal:
         token = [x.detach()[:, 0] if i < len(variant.inputs) else x.detach() for i, x in enumerate(tensors)]
-        torch.library.opcheck(op._dispatch.step, (*token, *(s.detach() for s in states), None, 0.5, ""))
+        outputs = [torch.zeros(shape) for shape in op._shapes(tuple(token), ("B",))[0]]
+        torch.library.opcheck(op._dispatch.step, (*token, *(s.detach() for s in states), *outputs, None, 0.5, ""))
 
 
 @pytest.mark.parametrize("name", NAMES)

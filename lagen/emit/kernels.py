@@ -67,7 +67,7 @@ class KernelPrinter:
         """Makes the statements that the kernel's kind has."""
         roots, names = self.kernel.values, self.recurrence.names
         if self.kernel.kind == "step":
-            return StepStatements(names, roots, self.states)
+            return StepStatements(names, [s.value for s in self.kernel.stores], self.states)
         if self.kernel.kind == "sweep":
             return SweepStatements(self.kernel, names, roots)
         return Statements(names, roots, rows_end="T - first * BT")
@@ -198,7 +198,8 @@ class KernelPrinter:
             lines.append("scale")
         lines.append("cu_seqlens, NSEQ" if self.out.rows else "slots")
         if self.kernel.kind == "step":
-            lines.append("HV, G, NY" + ", APART: tl.constexpr" * any(name.startswith("next_") for name, _ in self.pointers))
+            shared = bool(self.kernel.stores) and any(self.alone(s.head, s.dims) for s in self.states.values())
+            lines.append("HV, G, NY" + ", APART: tl.constexpr" * shared)
         elif self.kernel.kind == "chunks":
             lines.append("T, HV, G, NY, NC, LEVELS")
         elif self.kernel.kind == "tokens":
@@ -492,14 +493,12 @@ class KernelPrinter:
     def step(self) -> list[str]:
         """Prints one token: old, decayed and new states, then the outputs."""
         out = self.out
-        if any(self.alone(s.head, s.dims) for s in self.states.values()):
-            out.lines.append("i_o = i_b if APART else i_n  # the row of a state that other programs read too")
         for state in self.states.values():
             name = f"b_{state.name}"
             out.used |= {name, f"{name}_d", f"{name}_n"}
             self.pointers.append((f"state_{state.name}", state))
             axes = state.dims
-            at, mask = self.step_place(state, f"state_{state.name}", "i_o" if self.alone(state.head, state.dims) else "i_n")
+            at, mask = self.step_place(state, f"state_{state.name}")
             out.lines.append(f"{name} = tl.load({at}, mask={mask}, other=0.0)" if mask else f"{name} = tl.load({at})")
             if state.peak:
                 past = " + ".join([name, *(out.spread(out.wide(g), axes) for g in state.decay)])
@@ -517,23 +516,23 @@ class KernelPrinter:
         for store in self.kernel.stores:
             self.store(store)
         for state in self.states.values():
-            alone, name = self.alone(state.head, state.dims), f"state_{state.name}"
-            if alone:  # others read the old state meanwhile
-                name = f"next_{state.name}"
-                self.pointers.append((name, state))
-            at, mask = self.step_place(state, name, "i_n")
+            alone = self.alone(state.head, state.dims)
+            at, mask = self.step_place(state, f"state_{state.name}")
             line = f"tl.store({at}, b_{state.name}_n" + (f", mask={mask})" if mask else ")")
-            out.lines += [f"if {alone}:", f"    {line}"] if alone else [line]
+            if alone and self.kernel.stores:  # where several programs read a state, a later launch writes it, once all have
+                out.lines += ["if not APART:", f"    {line}"]
+            elif not alone:
+                out.lines.append(line)
         return out.lines
 
-    def step_place(self, state: State, name: str, row: str) -> tuple[str, str]:
+    def step_place(self, state: State, name: str) -> tuple[str, str]:
         """Prints pointer and mask of a state's tile in the step kernel; ``name`` is the tensor's."""
         out, axes = self.out, state.dims
         place = " + ".join(
             out.spread(Tile(f"o_{d.lower()}", (d,)), axes) + (f" * {axes[1]}" if len(axes) == 2 and i == 0 else "")
             for i, d in enumerate(axes)
         )
-        at = self.point(name, state, row)
+        at = self.point(name, state, "i_n")
         return (f"{at} + {place}" if place else at), out.mask(axes)
 
     def chunks(self) -> list[str]:

@@ -68,8 +68,8 @@ class _Module:
                 kernels.append(render_tokens(k.name, self.r, self.loads(k), k.stores))
                 done[k] = k.name
                 continue
-            states = {n: s for n, s in self.states.items() if k.kind != "step" or n in {x.name for x in self.r.states}}
-            top = k.stores[0].buffer.head if k.name.startswith("prepare") else self.top
+            states = {s.name: s for s in k.states} if k.kind == "step" else self.states
+            top = self.top_of(k)
             printed = (print_scan if k.kind == "scan" else print_kernel)(k, self.r, states, self.heads, top, self.exact)
             prelude |= set(printed.prelude)
             kernels.append(printed.source)
@@ -90,7 +90,6 @@ class _Module:
                 functions=functions,
                 chunk=self.chunk,
                 scans=any(k.kind == "scan" for k in self.plan.forward),
-                shared=any(name.startswith("next_") for p in done.values() if isinstance(p, Printed) for name, _ in p.states),
                 saves=len(self.plan.saved),
                 segments=_printed(segments),
                 tiles=_printed(tiles),
@@ -101,6 +100,12 @@ class _Module:
     def beside(self, k: Kernel) -> list[Kernel]:
         """Lists the kernels that are roles of one launch with ``k``."""
         return [x for x in self.plan.forward + self.plan.backward if x.launch == k.launch]
+
+    def top_of(self, k: Kernel) -> str:
+        """Returns the head that a kernel has a program for each of."""
+        if k.kind == "step" and not k.stores:
+            return max((s.head for s in k.states), key=E.HEADS.index)
+        return k.stores[0].buffer.head if k.name.startswith("prepare") else self.top
 
     def loads(self, k: Kernel) -> list[Buffer]:
         """Lists the stored values that a token-wise kernel loads; torch operations are handed the cotangents as well."""
@@ -166,7 +171,7 @@ class _Module:
             most = "16" if is_narrow(k) else most
             if k.kind == "chunks" and k.tile:
                 lines.append(f'BT, B{k.tile}_chunk = _config(tuned, rule, "{place(k)}", {k.tile}, 16, {cap[place(k)]})[:2]')
-            elif k.runs or k.kind == "step":
+            elif k.runs or (k.kind == "step" and k.stores):
                 called = f'_config(tuned, rule, "{place(k)}", {k.tile or 16}, {most}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
             if k.kind == "scan":
@@ -200,14 +205,16 @@ class _Module:
             call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale{packed})"
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
         lines, args, grid = self.call(k, p, step)
-        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.runs or k.kind == "step" else ("8", "1")
-        warps = "4" if k.kind == "chunks" and not k.tile else warps  # one tile of pair weights
-        return lines + self.calls(k.name, grid, [x for _, x in args], warps, stages)
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.runs or (k.kind == "step" and k.stores) else ("8", "1")
+        warps = "4" if not k.tile and (k.kind == "chunks" or not k.stores) else warps  # one tile of pair weights, or a few vectors
+        warps = "warps_step" if k.kind == "step" and k.tile else warps
+        only = "apart and " if k.kind == "step" and not k.stores else ""
+        return lines + self.calls(k.name, grid, [x for _, x in args], warps, stages, only)
 
-    def calls(self, name: str, grid: str, args: list[str], warps: str, stages: str) -> list[str]:
+    def calls(self, name: str, grid: str, args: list[str], warps: str, stages: str, only: str = "") -> list[str]:
         """Prints the call of a kernel, left out where there is nothing to do."""
         return [
-            f"if {grid} > 0 and _launches({self.r.inputs[0].name}):",
+            f"if {only}{grid} > 0 and _launches({self.r.inputs[0].name}):",
             f"    {name}[({grid},)](",
             *(f"        {a}," for a in args),
             f"        num_warps={warps}, num_stages={stages}, enable_fp_fusion=True,",
@@ -226,9 +233,8 @@ class _Module:
                 lines.append(
                     f"{b.name} = torch.empty({self.shape(b, step).replace('(B', '(B, 1', 1)}, dtype={self.dtype(b)}, device=device)"
                 )
-            else:
-                make = "made" if k.kind == "step" else "torch.empty"
-                lines.append(f"{b.name} = {make}({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
+            elif k.kind != "step":
+                lines.append(f"{b.name} = torch.empty({self.shape(b, step)}, dtype={self.dtype(b)}, device=device)")
         for h in k.holds:
             if h.sink.startswith("total_"):
                 state = self.states[h.carry.state]
@@ -261,12 +267,11 @@ class _Module:
         if p.scaled:
             args.append("scale")
         args.append("slots" if k.kind == "step" else "None, 1" if step else "cu_seqlens, NSEQ")
-        heads = {"": "1", "H": "HV // G"}.get(k.stores[0].buffer.head, "HV") if k.name.startswith("prepare") else "HV"
-        heads = "HV" if self.top == "H" and heads == "HV // G" else heads
+        heads = "HV" if (top := self.top_of(k)) == self.top else "HV // G" if top else "1"
         grid = {
             "sweep": f"NSEQ * {heads} * NY" if k in self.plan.borders else f"B * {heads} * NY * {'NC' if k.parallel else 'NSEG'}",
             "scan": f"B * {heads} * NY * NSEG",
-            "step": f"B * {heads} * NY",
+            "step": f"B * {heads}" + " * NY" * bool(k.tile),
             "tokens": f"B * {heads} * NC" + (" * NY" if k.tile else ""),
             "chunks": f"B * {heads} * NC" + ("" if is_looped(k) else " * NY"),
         }[k.kind]
@@ -285,10 +290,12 @@ class _Module:
             marks = ", _rows(T, BT, cu_seqlens)" if any(name.startswith("mark_") for name, _ in p.states) else ""
             args.append(f"T, HV, G, NY, NSEG, SEG{marks}" + (f", triton.cdiv({rows_of(k)}, B{rows_of(k)})" if rows_of(k) else ""))
         elif k.kind == "step":
-            lines.append(f"NY = {tile}")
-            shared = [s for name, s in p.states if name.startswith("next_")]
-            lines += self.keep(shared, k.tile)
-            args.append("HV, G, NY" + ", apart" * bool(shared))
+            lines += [f"NY = {tile}"] if k.tile else []
+            if "APART" in p.source:
+                tiled = ["NY"] * any(k.tile not in ("", *s.dims) for s in k.states)
+                sharing = " * ".join([*tiled, *dict.fromkeys("G" if s.head else "HV" for s in k.states if s.head != self.top)])
+                lines.append(f"apart = {sharing} > 1  # programs that share a state leave it to a launch after")
+            args.append(f"{heads}, {'G' if k.stores else '1'}, {'NY' if k.tile else '1'}" + ", apart" * ("APART" in p.source))
         elif k.kind == "chunks":
             lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)")
             args.append("T, HV, G, NY, NC, BT.bit_length() - 1")
@@ -334,17 +341,6 @@ class _Module:
         order = sorted(given, key=lambda name: "constexpr" in name)
         warps, stages = (f"max({', '.join(f'{what}_{k.name}' for k in kernels)})" for what in ("warps", "stages"))
         return lines + self.calls(kernels[0].launch, grid, [given[n] for n in order], warps, stages)
-
-    def keep(self, shared: list[State], tile: str) -> list[str]:
-        """Prints the copy of states that several programs of a step read, where there are several: one of them writes."""
-        tiled = any(tile not in ("", *s.dims) for s in shared)
-        heads = dict.fromkeys("G" if s.head else "HV" for s in shared if s.head != self.top)
-        programs = " * ".join(["NY"] * tiled + list(heads))
-        lines = [f"apart = {programs} > 1  # several programs read what one of them writes: they read a copy of its rows"] if shared else []
-        for s in shared:
-            lines.append(f"next_{s.name} = state_{s.name}")
-            lines.append(f"state_{s.name} = _rows_of(state_{s.name}, slots) if apart else state_{s.name}")
-        return lines
 
     def token(self, name: str) -> bool:
         """Tells whether a tensor has batch and time."""
@@ -508,15 +504,16 @@ class _Module:
         lines = self.sizes(step=True) + self.tiles(list(self.plan.step), "step")
         lines += [
             f"{', '.join(f'state_{s.name}' for s in self.r.states)}, = states",
-            "made = torch.empty if slots is None else torch.zeros  # what a padding row gives",
+            f"{', '.join(n for n, _ in self.r.outputs)}, = outputs",
+            "if slots is not None:",
+            *(f"    {n}.zero_()  # what a padding row gives" for n, _ in self.r.outputs),
         ]
         for k in self.plan.step:
             lines += self.launch(k, step=True)
             if k.kind == "tokens":
                 lines += [f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores]
-        lines.append(f"return ({', '.join(n for n, _ in self.r.outputs)},)")
-        doc = "Launches one decode step; the states, or those that the slots name, are advanced in place."
-        return _function("triton_step(inputs, params, scale, states, slots)", doc, lines)
+        doc = "Launches one decode step: writes the outputs, and advances the states, or those that the slots name, in place."
+        return _function("triton_step(inputs, params, scale, states, slots, outputs)", doc, lines)
 
 
 def _printed(function: Callable[..., object]) -> str:

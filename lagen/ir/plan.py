@@ -83,6 +83,7 @@ class Kernel:
     tile: str = ""
     reverse: bool = False
     holds: tuple[Hold, ...] = ()
+    states: tuple[State, ...] = ()  # of a step: what it advances by a token
     launch: str = ""  # sweeps that name the same are roles of one launch
 
     @property
@@ -90,7 +91,8 @@ class Kernel:
         """Lists what the kernel computes: what it stores, and what its carries take."""
         carries = [h.carry for h in self.holds]
         terms = [x for c in carries for t in c.terms for x in (t.near, t.far)]
-        return [s.value for s in self.stores] + terms + [f for c in carries for f in c.factors]
+        stepped = [x for s in self.states for x in s.operands]
+        return [s.value for s in self.stores] + terms + [f for c in carries for f in c.factors] + stepped
 
     @property
     def runs(self) -> bool:
@@ -110,13 +112,15 @@ class Kernel:
     def map(self, f: Callable[[Expr], Expr]) -> Kernel:
         """Returns the kernel with ``f`` applied to every value."""
         holds = tuple(replace(h, carry=h.carry.map(f)) for h in self.holds)
-        return replace(self, stores=tuple(replace(s, value=f(s.value)) for s in self.stores), holds=holds)
+        stores, states = tuple(replace(s, value=f(s.value)) for s in self.stores), tuple(s.map(f) for s in self.states)
+        return replace(self, stores=stores, holds=holds, states=states)
 
     def __str__(self) -> str:
         way = "reverse " if self.reverse else "parallel " if self.parallel else ""
         where = (f", {self.tile} on the grid" if self.tile else "") + (f", a role of {self.launch}" if self.launch else "")
         lines = [f"{self.name}: {way}{self.kind}{where}   # {self.why}"]
         lines += [f"    hold  {h.carry}" + (", marked" if h.mark else "") for h in self.holds]
+        lines += [f"    move  {s}" for s in self.states]
         for s in self.stores:
             lines.append(f"    {'sum  ' if s.summed else 'store'} {s.buffer.name} = {show(s.value)}")
         return "\n".join(lines)

@@ -107,6 +107,17 @@ def choose_saved(
     }
 
 
+def is_sized(n: Expr) -> bool:
+    """Tells whether kernels that hold whole vectors leave an operation to torch: a vector changes its size in it."""
+    return n.op in SIZED or (n.op == "contract" and bool(n.dims))
+
+
+def serving(before: Iterable[Kernel], launched: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """Returns those of the launches ``before`` that store what ``launched`` load."""
+    loaded = {n.name for k in launched for v in k.values for n in E.reads(v, "stored")}
+    return tuple(k for k in before if any(s.buffer.name in loaded for s in k.stores))
+
+
 def token_kernels(name: str, stores: list[Store], why: str, wide: Iterable[str] = ()) -> tuple[Kernel, ...]:
     """Makes the kernel of token-wise stores, as torch operations where a vector changes its size; none where there is nothing.
 
@@ -120,5 +131,5 @@ def token_kernels(name: str, stores: list[Store], why: str, wide: Iterable[str] 
         if mine and {x for n in nodes for x in n.dims} == {d} and not any(n.op in ROWS + SIZED for n in nodes):
             rest = [s for s in stores if s not in mine]
             return (Kernel(name, "tokens", tuple(mine), why, d), *token_kernels(f"{name}_numbers", rest, why))
-    sized = any(n.op in SIZED or (n.op == "contract" and n.dims) for s in stores for n in walk(s.value))
+    sized = any(is_sized(n) for s in stores for n in walk(s.value))
     return (Kernel(name, "torch" if sized else "tokens", tuple(stores), why + ("; sizes change: torch operations" if sized else "")),)

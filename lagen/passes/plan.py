@@ -21,9 +21,20 @@ from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State, closings
 from lagen.passes.chunk import carry_of, lower_readout, lower_solve, merge
+from lagen.passes.decode import plan_step
 from lagen.passes.leads import push_leads
 from lagen.passes.lower_rows import lower_rows
-from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, map_recurrence, operands_of, token_kernels
+from lagen.passes.operands import (
+    ROWS,
+    SIZED,
+    choose_prepared,
+    choose_saved,
+    map_adjoint,
+    map_recurrence,
+    operands_of,
+    serving,
+    token_kernels,
+)
 from lagen.passes.order import beside, in_circles, in_order
 from lagen.passes.packing import pack
 from lagen.passes.pair_sums import gather, join, lag
@@ -56,7 +67,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
     core = map_recurrence(lowered, lambda e: E.substitute(e, table))
     back = map_adjoint(back, lambda e: E.substitute(e, table))
     outputs = {name: Buffer(name, e.head, dims, True, "input") for (name, e), dims in zip(core.outputs, core.output_dims, strict=True)}
-    step, stepped = _step(core, outputs), core.states
+    step, stepped = plan_step(lowered, prepared, outputs, head), core.states
     if (axes := scan_axes(core, back)) and (scans := plan_scans(core, back, axes, head, prepared, outputs, step, taken)):
         return scans
     roots = [*(e for _, e in core.outputs), *operands_of(back.states, [e for _, e in back.gradients]), *(e for _, e in back.gradients)]
@@ -119,7 +130,7 @@ def plan(recurrence: Recurrence, adjoint: Adjoint) -> Plan:
         recurrence.name,
         (*prepare, *peaks, *(k for launched in ahead for k in launched.kernels)),
         (*first, *returned),
-        (*prepare, *step) if all(s.causal for s in core.states) else (),
+        (*serving(prepare, step), *step) if all(s.causal for s in core.states) else (),
         (*made_before, *reused, *(_total(s) for s in core.states if not s.causal)),
         stepped + back.states,
         borders if cuttable and all(s.causal and s.head == head for s in core.states) else (),
@@ -213,15 +224,6 @@ def _border(s: State) -> Kernel:
     solving = {u.leaf: lower_solve(u.leaf, s, carry_of(s, x)) for u in s.solves}
     hold = Hold(carry_of(s, x).map(lambda e: E.substitute(e, solving)), source, f"border_{s.name}")
     return Kernel(f"cut_{s.name}".lower(), "sweep", (), f"{s.name} where segments meet", tile, s.reverse, (hold,))
-
-
-def _step(recurrence: Recurrence, outputs: dict[str, Buffer]) -> tuple[Kernel, ...]:
-    """Plans the decode step: one kernel that holds every state; the dim that nothing sums over is on the grid."""
-    roots = [e for _, e in recurrence.outputs]
-    summed = {n.attr("dim") for n in walk(*roots, *operands_of(recurrence.states, roots)) if n.op in (*ROWS, "readout")}
-    free = [d for s in recurrence.states for d in s.dims if d not in summed]
-    stores = tuple(Store(outputs[name], e) for name, e in recurrence.outputs)
-    return (Kernel("step", "step", stores, "one token, states in place", free[0] if free else ""),)
 
 
 # ---- one pass -------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.passes.chunk import sides
 from lagen.passes.logs import compared
-from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, token_kernels
+from lagen.passes.operands import ROWS, SIZED, choose_prepared, choose_saved, map_adjoint, serving, token_kernels
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def plan_scans(
             *_tokens("backward_prepare", [Store(b, n) for n, b in sums.items()], axes),
             *behind.kernels("the states of each block again, reverse states beside them", True, back),
         ),
-        (*prepare, *step),
+        (*serving(prepare, step), *step),
         (*prepared.values(), *kept.values(), *(_mark(states[name], head) for name in marks)),
         recurrence.states + adjoint.states,
     )

@@ -31,7 +31,7 @@ _STATES = 32_768
 
 def widest_tile(k: Kernel) -> int:
     """Returns the widest tile of a kernel's grid dim, judged by the matrices it has in flight."""
-    if k.kind == "scan":  # a lane of its own for every number of a token: a wider tile has more warps
+    if k.kind in ("scan", "step"):  # a lane of its own for every number of a token: a wider tile has more warps; no matmuls
         return 64
     operands = {n for n in walk(*k.values) if n.op in ("input", "stored") and n.dims}
     if k.kind == "chunks":  # pair sums have a table beside their vectors, which scores become

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lagen.runtime.choice import NOTHING, Choice, processor
 from lagen.runtime.pool import by_slots
-from lagen.runtime.signature import Argument, OperatorSpec, measure
+from lagen.runtime.signature import Argument, OperatorSpec, is_dense, measure
 
 Tensors = tuple[Tensor, ...]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -176,7 +176,6 @@ class StepPlan:
 
     words: array.array[int]
     places: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
     models: tuple[int | tuple[int, ...], ...]  # of each output: the tensor that it is like, which is the quickest to say, or its shape
     spans: tuple[int, ...]  # bytes from each tensor's first number to behind its last
     copied: frozenset[int]  # tensors that the words describe a contiguous copy of
@@ -414,46 +413,44 @@ class CppBackend:
         d_initial = [d.sum(0) if split.lead(a) else d for a, d in zip(spec.states, d_initial, strict=True)]
         return d_inputs, d_params, tuple(_share(a, x, d, sizes, 1) for a, x, d in zip(spec.states, initial_states, d_initial, strict=True))
 
-    def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors, slots: Tensor | None = None) -> Tensors:
-        """Computes the outputs of one token and writes the states in place, those that ``slots`` names where it is given."""
+    def step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors, slots: Tensor | None, outputs: Tensors) -> None:
+        """Computes one token and writes outputs and states in place, of these those that ``slots`` names where it is given."""
         first = inputs[0]
         if self.loaded is None:
             self.library()
         if not first.is_cpu or isinstance(self.loaded, Missing):
-            return self.fallback[2](inputs, params, scale, states, slots)  # type: ignore[return-value]
+            self.fallback[2](inputs, params, scale, states, slots, outputs)
+            return
         if self.entry is None or not all([s.is_contiguous() for s in states]):
-            return by_slots(self.whole_step)(inputs, params, scale, states, slots)
+            by_slots(self.whole_step)(inputs, params, scale, states, slots, outputs)
+            return
         tensors = (*inputs, *params)
-        key = (scale, threads(), *[(x.dtype, x.shape, x.stride()) for x in tensors])
+        key = (scale, threads(), *[(x.dtype, x.shape, x.stride()) for x in (*tensors, *outputs)])
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self.plan_step(inputs, params, scale, states)
+            plan = self.plans[key] = self.plan_step(inputs, params, scale, states, outputs)
         if plan.copied:
             tensors = tuple(x.contiguous() if i in plan.copied else x for i, x in enumerate(tensors))
         words = plan.words[:]
-        if slots is None:
-            outputs = tuple(first.new_empty(shape) for shape in plan.shapes)
-        else:
+        if slots is not None:
             slots = slots.to(torch.int64).contiguous()
             words[SLOTS] = slots.data_ptr()
-            outputs = tuple(first.new_zeros(shape) for shape in plan.shapes)  # padding rows stay so
+            for o in outputs:  # padding rows stay so
+                o.zero_()
         for place, x in zip(plan.places, (*tensors, *outputs, *states), strict=True):
             words[place] = x.data_ptr()
         if self.entry(words.buffer_info()[0]):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
-        return outputs
 
-    def again(self, tensors: Tensors, states: Tensors) -> Tensors | None:
+    def again(self, tensors: Tensors, states: Tensors, outputs: Tensors | None = None) -> Tensors | None:
         """Takes a step past the dispatcher; returns None where no such step was noted, or where the dispatcher has something to do.
 
         That is where a mode, autocast or a transform watches, where a tensor is of another class, wants a gradient, or shares the
-        state's memory.
+        memory of the state or of the given ``outputs``, which are made where they are not given.
         """
-        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if _is_watched():
             return None
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        whole, grad = (*tensors, *states), torch.is_grad_enabled()
+        whole, grad = (*tensors, *(outputs or ()), *states), torch.is_grad_enabled()
         key: list[object] = [threads()]
         for x in whole:
             if type(x) not in PLAIN or x.is_neg() or (grad and x.requires_grad):
@@ -463,34 +460,41 @@ class CppBackend:
         if plan is None:
             return None
         words = plan.words[:]
-        outputs = tuple([tensors[0].new_empty(m) if isinstance(m, tuple) else torch.empty_like(tensors[m]) for m in plan.models])
+        written = len(states)
+        if outputs is None:
+            outputs = tuple([tensors[0].new_empty(m) if isinstance(m, tuple) else torch.empty_like(tensors[m]) for m in plan.models])
+        else:
+            outputs, written = tuple(outputs), written + len(outputs)
         at = [x.data_ptr() for x in (*tensors, *outputs, *states)]
         for place, address in zip(plan.places, at, strict=True):
             words[place] = address
         ends = [a + n for a, n in zip(at, plan.spans, strict=True)]
-        for i in range(len(at) - len(states), len(at)):
+        for i in range(len(at) - written, len(at)):
             for j in range(i):
                 if at[i] < ends[j] and at[j] < ends[i]:
                     return None
         assert self.entry is not None
         if self.entry(words.buffer_info()[0]):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
-        torch.autograd.graph.increment_version(states)
+        torch.autograd.graph.increment_version(whole[-written:])
         return outputs
 
-    def noted(self, tensors: Tensors, scale: float, states: Tensors) -> None:
+    def noted(self, tensors: Tensors, scale: float, states: Tensors, outputs: Tensors | None) -> None:
         """Lays out the steps that are like one that went."""
+        if _is_watched():
+            return
+        whole = (*tensors, *(outputs or ()), *states)
         lanes = zip(self.spec.inputs + self.spec.params, tensors, strict=True)
-        dense = all(_dense(a, x) for a, x in lanes) and all(s.is_contiguous() for s in states)
-        if self.entry is None or not dense or not all(type(x) in PLAIN and x.is_cpu and not x.is_neg() for x in (*tensors, *states)):
+        dense = all(is_dense(a, x) for a, x in lanes) and all(s.is_contiguous() for s in states)
+        if self.entry is None or not dense or not all(type(x) in PLAIN and x.is_cpu and not x.is_neg() for x in whole):
             return
         key: list[object] = [threads()]
-        for x in (*tensors, *states):
+        for x in whole:
             key += (x.dtype, x.shape, x.stride(), x.device)
         if len(self.steps) >= NOTED:
             self.steps.clear()
         n = len(self.spec.inputs)
-        self.steps[tuple(key)] = self.plan_step(tensors[:n], tensors[n:], scale, states)
+        self.steps[tuple(key)] = self.plan_step(tensors[:n], tensors[n:], scale, states, outputs)
 
     def whole_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
         """Computes one token as a sequence of its own, and copies the states behind it."""
@@ -499,13 +503,13 @@ class CppBackend:
             s.copy_(f)
         return tuple(o.squeeze(1) for o in outputs)
 
-    def plan_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> StepPlan:
-        """Lays out the words of a step for tensors of these shapes and strides."""
+    def plan_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors, outputs: Tensors | None) -> StepPlan:
+        """Lays out the words of a step for tensors of these shapes and strides; of outputs that are not given, contiguous ones."""
         spec, batch = self.spec, inputs[0].shape[0]
         sizes = self.measure(inputs, params, 1)
         heads = sizes[self.heads]
-        shapes = tuple((batch, *(sizes[d] for d in o.shape())) for o in spec.outputs)
-        outputs = tuple(inputs[0].new_empty(shape) for shape in shapes)
+        if outputs is None:
+            outputs = tuple(inputs[0].new_empty((batch, *(sizes[d] for d in o.shape()))) for o in spec.outputs)
         words, places, held = self.head_words(sizes, batch, 1, scale), list[int](), list[Tensor]()
         work = batch * sum(math.prod(s.shape[1:]) for s in states)
         words[3] = min(words[3], 1 + work // SMALL)
@@ -523,17 +527,13 @@ class CppBackend:
         models = tuple(like.get((x.dtype, x.shape), tuple(x.shape)) for x in outputs)
         spans = tuple(_span(x) for x in (*given, *outputs, *states))
         copied = frozenset(i for i, x in enumerate(given) if held[i] is not x)
-        return StepPlan(array.array("q", words), tuple(places), shapes, models, spans, copied)
+        return StepPlan(array.array("q", words), tuple(places), models, spans, copied)
 
 
-def _dense(a: Argument, x: Tensor) -> bool:
-    """Tells whether the numbers of one token and head lie behind each other, as the C++ reads them."""
-    step = 1
-    for i in range(-1, -1 - len(a.dims), -1):
-        if x.shape[i] != 1 and x.stride(i) != step:
-            return False
-        step *= x.shape[i]
-    return True
+def _is_watched() -> bool:
+    """Tells whether a mode, a transform or autocast has something to do with each call."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    return bool(modes) or torch.is_autocast_enabled("cpu")
 
 
 def _span(x: Tensor) -> int:
@@ -564,7 +564,7 @@ def _words(
     ``lead`` counts the dims before the head (batch and time, batch, none); ``wide`` tells that it has a row for every head of the loop,
     ``many`` that sequences are packed along time.
     """
-    if not _dense(a, x):
+    if not is_dense(a, x):
         x = x.contiguous()
     held.append(x)
     strides = x.stride()

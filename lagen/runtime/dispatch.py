@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from lagen.runtime.packed import check_bounds
 from lagen.runtime.pool import check_apart, check_slots
 from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors
-from lagen.runtime.vmapped import each, joined
+from lagen.runtime.vmapped import each, element, joined
 
 Flat = Tensor | Tensors  # an operator with one result returns it bare
 ORDER = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
@@ -38,30 +38,41 @@ class Backend:
     forward(inputs, params, scale, initial_states, output_final_state, cu_seqlens) -> (outputs, final_states or None, saved)
     backward(inputs, params, scale, initial_states, saved, outputs, final_states, d_outputs, d_final_states, cu_seqlens)
         -> (d_inputs, d_params, d_initial_states or None)
-    step(inputs, params, scale, states, slots) -> outputs; writes the states in place, where slots are given those that they name
+    step(inputs, params, scale, states, slots, outputs) -> None; writes outputs and states, where slots are given the states they name
 
-    What they return is new and contiguous. ``saves`` counts the saved tensors; ``saved``, called as forward is, returns them
-    uninitialised (under FakeTensor, so only their shapes). ``keeps_outputs``: the backward reads outputs and final states.
+    What they return is new and contiguous; a step's outputs are the caller's, the numbers of each head behind each other. ``saves``
+    counts the saved tensors; ``saved``, called as forward is, returns them uninitialised (under FakeTensor, so only their shapes).
+    ``keeps_outputs``: the backward reads outputs and final states.
     ``host``: cu_seqlens is read on the host, so the caller's copy is handed over where there is one.
-    ``again(tensors, states) -> outputs or None`` takes a step past the dispatcher where a step of these shapes went before, and
-    ``noted(tensors, scale, states)`` tells it of one that went.
+    ``again(tensors, states, outputs or None) -> outputs or None`` takes a step past the dispatcher where a step of these shapes went
+    before, and ``noted(tensors, scale, states, outputs or None)`` tells it of one that went.
     """
 
     forward: Callable[..., tuple[Tensors, Tensors | None, Tensors]]
     backward: Callable[..., tuple[Tensors, Tensors, Tensors | None]]
-    step: Callable[..., Tensors] | None
+    step: Callable[..., None] | None
     saves: int = 0
     saved: Callable[..., Tensors] | None = None
     keeps_outputs: bool = True
     doubles: bool = False  # takes float64
     host: bool = False
-    again: Callable[[Any, Any], Tensors | None] | None = None
-    noted: Callable[[Tensors, float, Tensors], None] | None = None
+    again: Callable[[Any, Any, Any], Tensors | None] | None = None
+    noted: Callable[[Tensors, float, Tensors, Tensors | None], None] | None = None
 
 
 def state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Returns the dtype of states: float64 beside a float64 tensor, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def narrowed(tensors: Sequence[Any]) -> torch.dtype | None:
+    """Returns the dtype that autocast gives a call's inputs, None where it leaves them as they are."""
+    device = tensors[0].device.type
+    if device not in ORDER or not torch.is_autocast_enabled(device):
+        return None
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tensors):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def as_tuple(x: Flat) -> Tensors:
@@ -80,6 +91,7 @@ class Dispatch:
         self.spec, self.backends = spec, backends
         self.names = tuple(a.name for a in spec.inputs + spec.params)
         self.state_names = tuple(s.name for s in spec.states)
+        self.written = (*(f"state {s.name}" for s in spec.states), *(f"out {o.name}" if spec.outputs[1:] else "out" for o in spec.outputs))
         self.tensors, self.states, self.outputs = len(self.names), len(spec.states), len(spec.outputs)
         self.made, self.given = self.outputs + self.states, self.tensors + self.states + 2
         self.saves = max(b.saves for b in backends.values())
@@ -92,7 +104,7 @@ class Dispatch:
             getattr(torch.ops.lagen, base).library = library
         self.forward: Callable[..., Flat] = getattr(torch.ops.lagen, base).default
         self.backward: Callable[..., Flat] = getattr(torch.ops.lagen, f"{base}_backward").default
-        self.step: Callable[..., Flat] | None = getattr(torch.ops.lagen, f"{base}_step").default if spec.causal else None
+        self.step: Callable[..., None] | None = getattr(torch.ops.lagen, f"{base}_step").default if spec.causal else None
 
     def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         """Parts inputs from params."""
@@ -115,9 +127,9 @@ class Dispatch:
         apply: Callable[..., Tensors] = _Direct.apply
         return apply(self, self.backends[name], scale, keep, cu_seqlens, *tensors, *(states or ()))
 
-    def direct_step(self, name: str, scale: float, tensors: Tensors, states: Tensors, slots: Tensor | None) -> Tensors:
+    def direct_step(self, name: str, scale: float, tensors: Tensors, states: Tensors, slots: Tensor | None, outputs: Tensors) -> None:
         """Runs a backend's step past the dispatcher."""
-        return _step_of(self.backends[name], name)(*self.split(tensors), scale, states, slots)
+        _step_of(self.backends[name], name)(*self.split(tensors), scale, states, slots, outputs)
 
     # -- registration --
 
@@ -131,7 +143,7 @@ class Dispatch:
         initial += ["Tensor? cu_seqlens", "Tensor? cu_seqlens_cpu"]
         settings = ["float scale", "bool output_final_state", "str backend"]
 
-        def define(name: str, arguments: list[str], results: int, run: Callable[..., Flat], fake: Callable[..., Flat]) -> None:
+        def define(name: str, arguments: list[str], results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
             returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
             library.define(f"{name}({', '.join(arguments)}) -> {returned}")
             for key in ("CPU", "CUDA"):
@@ -140,7 +152,7 @@ class Dispatch:
             call = getattr(torch.ops.lagen, name).default
             for key in AUTOCAST:
                 library.impl(name, partial(self._narrow, call), key)
-            torch.library.register_vmap(f"lagen::{name}", partial(self._map, call), lib=library)
+            torch.library.register_vmap(f"lagen::{name}", partial(self._map if results else self._map_step, call), lib=library)
 
         define(base, [*given, *initial, *settings], self.made + self.saves, self._forward, self._fake_forward)
         torch.library.register_autograd(f"lagen::{base}", self._derive, setup_context=self._remember, lib=library)
@@ -148,16 +160,14 @@ class Dispatch:
         define(f"{base}_backward", back, self.tensors + self.states, self._backward, self._fake_backward)
         torch.library.register_autograd(f"lagen::{base}_backward", self._refuse, lib=library)
         if spec.causal:
-            written = [f"Tensor({chr(ord('a') + i)}!) state_{s.name}" for i, s in enumerate(spec.states)]
-            define(
-                f"{base}_step", [*given, *written, "Tensor? slots", "float scale", "str backend"], self.outputs, self._step, self._fake_step
-            )
+            names = [*(f"state_{s.name}" for s in spec.states), *(f"out_{o.name}" for o in spec.outputs)]
+            written = [f"Tensor({chr(ord('a') + i)}!) {n}" for i, n in enumerate(names)]
+            define(f"{base}_step", [*given, *written, "Tensor? slots", "float scale", "str backend"], 0, self._step, self._fake_step)
 
     def _narrow(self, call: Callable[..., Flat], *args: Any) -> Flat:
         """Calls under autocast: inputs in its dtype, but what feeds a decay, params and states; inside, nothing is cast."""
         inputs, rest = args[: len(self.spec.inputs)], args[len(self.spec.inputs) :]
-        if not any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
-            dtype = torch.get_autocast_dtype(inputs[0].device.type)
+        if (dtype := narrowed(args)) is not None:
             inputs = tuple(x if a.gate else x.to(dtype) for a, x in zip(self.spec.inputs, inputs, strict=True))
         with torch._C._ExcludeDispatchKeyGuard(WITHOUT):
             return call(*inputs, *rest)
@@ -180,6 +190,21 @@ class Dispatch:
 
             made, out_dims = joined(reordered, info.batch_size, [in_dims[i] for i in order], [args[i] for i in order], len(order))
         return (made, out_dims) if len(made) != 1 else (made[0], out_dims[0])
+
+    def _map_step(self, call: Callable[..., None], info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[None, None]:
+        """Calls a step under torch.vmap: every element of the mapped dim writes states and outputs of its own."""
+        written = in_dims[self.tensors : self.tensors + self.states]
+        if any(d is None for d in written):
+            name = self.state_names[next(i for i, d in enumerate(written) if d is None)]
+            raise ArgumentError(
+                f"{self.spec.name}.step under torch.vmap: state {name} is not mapped, and every element would write it; "
+                "give each its own, and map over them (in_dims)"
+            )
+        if any(d is None for d in in_dims[self.tensors + self.states :][: self.outputs]):
+            raise ArgumentError(f"{self.spec.name}.step under torch.vmap: out is not mapped; every element wants a place of its own in it")
+        for i in range(info.batch_size):
+            call(*element(in_dims, args, i))
+        return None, None
 
     # -- forward --
 
@@ -306,26 +331,24 @@ class Dispatch:
 
     # -- step --
 
-    def _step(self, *args: Any) -> Flat:
-        """Runs a backend's step, which writes the states; their version says so, for a kernel writes past autograd."""
-        tensors, states = args[: self.tensors], args[self.tensors : self.tensors + self.states]
+    def _step(self, *args: Any) -> None:
+        """Runs a backend's step, which writes states and outputs; their version says so, for a kernel writes past autograd."""
+        tensors, written = args[: self.tensors], args[self.tensors : -3]
+        states, outputs = written[: self.states], written[self.states :]
         slots, scale, name = args[-3:]
-        self.check_step(tensors, states, slots)
-        outputs = _step_of(self.pick(name, tensors), name)(*self.split(tensors), scale, states, slots)
-        torch.autograd.graph.increment_version(states)
-        return _flat(outputs)
+        self.check_step(tensors, states, slots, outputs)
+        _step_of(self.pick(name, tensors), name)(*self.split(tensors), scale, states, slots, outputs)
+        torch.autograd.graph.increment_version(written)
 
-    def check_step(self, tensors: Tensors, states: Tensors, slots: Tensor | None) -> None:
+    def check_step(self, tensors: Tensors, states: Tensors, slots: Tensor | None, outputs: Tensors) -> None:
         """Checks what shares memory, and the values of slots on the CPU; raises ArgumentError."""
-        check_apart(self.spec.name, self.names, tensors, states, self.state_names)
+        read = dict(zip(self.names, tensors, strict=True)) | ({} if slots is None else {"slots": slots})
+        check_apart(self.spec.name, read, dict(zip(self.written, (*states, *outputs), strict=True)))
         if slots is not None and slots.is_cpu:
             check_slots(self.spec.name, slots.tolist(), states[0].shape[0])
 
-    def _fake_step(self, *args: Any) -> Flat:
-        """Makes what step returns, by shape alone."""
-        tensors = args[: self.tensors]
-        sizes = self._sizes(tensors, "B")
-        return _flat(tuple(tensors[0].new_empty(sizes.shape(o, "B")) for o in self.spec.outputs))
+    def _fake_step(self, *args: Any) -> None:
+        """Makes nothing: a step writes into what it is given."""
 
 
 def _where(backend: Backend, cu_seqlens: Tensor, copy: Tensor | None) -> Tensor:
@@ -333,7 +356,7 @@ def _where(backend: Backend, cu_seqlens: Tensor, copy: Tensor | None) -> Tensor:
     return copy if backend.host and copy is not None else cu_seqlens
 
 
-def _step_of(backend: Backend, name: str) -> Callable[..., Tensors]:
+def _step_of(backend: Backend, name: str) -> Callable[..., None]:
     if backend.step is None:
         raise ArgumentError(f"the backend {name or 'of this device'} has no decode step")
     return backend.step

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagen.runtime.dispatch import Backend, Dispatch, as_tuple, state_dtype
+from lagen.runtime.dispatch import Backend, Dispatch, as_tuple, narrowed, state_dtype
 from lagen.runtime.packed import each_forward
 from lagen.runtime.pool import blank, by_slots, check_accepted, check_slots, take
-from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors, check_kind, measure
+from lagen.runtime.signature import Argument, ArgumentError, OperatorSpec, Sizes, Tensors, check_kind, is_dense, measure
 
 __all__ = ["Argument", "ArgumentError", "Backend", "Operator", "OperatorSpec"]
 
@@ -45,6 +45,7 @@ class Operator:
         named = (a.dims for a in spec.inputs + spec.params)
         self._key = next(((i, dims.index("K") - len(dims)) for i, dims in enumerate(named) if "K" in dims), None)  # where K is read off
         self._seen: set[object] = set()
+        self._made: dict[object, tuple[tuple[int, ...], ...]] = {}  # shapes of a step's outputs
         host = backends.get("cpp")
         self._again, self._noted = (host.again, host.noted) if host else (None, None)
 
@@ -117,39 +118,42 @@ class Operator:
         scale: float | None = None,
         backend: str | None = None,
         check: bool = False,
+        out: Returned | None = None,
         **named: Tensor,
     ) -> tuple[Returned, Returned]:
         """Computes one token, [B, *head, *dims], or several, [B, T, *head, *dims], and writes the state in place; returns (o, state).
 
         ``state`` may follow the tensors; None makes a fresh one. ``slots`` [B], int32 or int64, makes it a pool: row b advances the
         state slots[b], and where that is -1 none, its outputs being 0. That a slot is in the pool and named once is checked on the
-        CPU, or with ``check``, which waits for the GPU. There is no gradient: raises ArgumentError where autograd would want one
-        (decode under torch.no_grad()), and for what does not fit.
+        CPU, or with ``check``, which waits for the GPU. ``out``, of the shape and dtype that o has, is written and returned as o: given
+        it and the state, kernels allocate nothing (torch operations, such as the feature maps that explain lists, do). There is no
+        gradient: raises ArgumentError where autograd would want one (decode under torch.no_grad()), and for what does not fit.
         """
         plain = slots is None and scale is None and backend is None and not (check or named or torch.compiler.is_compiling())
-        again = self._repeated(args, state) if plain else None
+        again = self._repeated(args, state, out) if plain else None
         if again is not None:
             return again
-        tensors, states, factor = self._serve("step", args, named, state, slots, scale, backend, check)
+        tensors, states, factor, outputs = self._serve("step", args, named, state, slots, scale, backend, check, out)
         if states is None:
             if slots is not None:
                 raise ArgumentError(f"{self.spec.name}.step: slots is given without the state, whose places they are")
             sizes = Sizes(self.spec)
             sizes.meet_all(tensors, self._lead(tensors))
             states = self._fresh(sizes.known, state_dtype(tensors), tensors[0].device)
-        outputs = self._advance(tensors, states, slots, factor, backend)
+        given = outputs
+        outputs = self._advance(tensors, states, slots, factor, backend, given)
         if plain and self._noted is not None and len(self._lead(tensors)) == 1:
-            self._noted(tensors, factor, states)
+            self._noted(tensors, factor, states, given)
         return outputs[0] if len(outputs) == 1 else outputs, states[0] if len(states) == 1 else states
 
-    def _repeated(self, args: Sequence[Tensor | Tensors | None], state: object) -> tuple[Returned, Returned] | None:
+    def _repeated(self, args: Sequence[Tensor | Tensors | None], state: object, out: object) -> tuple[Returned, Returned] | None:
         """Takes a step like one that was checked before, by the shortest way; None where there is none."""
         n = len(self._names)
         if self._again is None or len(args) != n + (state is None):
             return None
         given = args[n] if state is None else state
         states = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-        outputs = self._again(args[:n], states)
+        outputs = self._again(args[:n], states, out if out is None or isinstance(out, (tuple, list)) else (out,))
         if outputs is None:
             return None
         return outputs[0] if len(outputs) == 1 else outputs, states[0] if len(states) == 1 else states
@@ -166,7 +170,7 @@ class Operator:
         **named: Tensor,
     ) -> Returned:
         """Computes the outputs of speculated tokens, [B, T, *head, *dims], and leaves the state as it is; arguments as of step."""
-        tensors, states, factor = self._serve("verify", args, named, state, slots, scale, backend, check)
+        tensors, states, factor, _ = self._serve("verify", args, named, state, slots, scale, backend, check)
         if states is None:
             raise ArgumentError(f"{self.spec.name}.verify wants the state")
         outputs = self._advance(tensors, take(states, slots), None, factor, backend)
@@ -190,7 +194,7 @@ class Operator:
         What it leaves is what that many steps leave, to the bit. ``accepted`` is checked where the slots are.
         """
         name = f"{self.spec.name}.commit"
-        tensors, states, factor = self._serve("commit", args, named, state, slots, scale, backend, check)
+        tensors, states, factor, _ = self._serve("commit", args, named, state, slots, scale, backend, check)
         if states is None:
             raise ArgumentError(f"{name} wants the state")
         if len(self._lead(tensors)) == 1:
@@ -200,8 +204,9 @@ class Operator:
         if accepted.device.type == "cpu" or check:
             check_accepted(name, accepted.tolist(), count)
         own = torch.arange(accepted.shape[0], device=accepted.device) if slots is None else slots
+        unread = None  # outputs, which nothing reads
         for t in range(count):
-            self._advance(self._token(tensors, t), states, torch.where(accepted > t, own, -1), factor, backend)
+            unread = self._advance(self._token(tensors, t), states, torch.where(accepted > t, own, -1), factor, backend, unread)
         return states[0] if len(states) == 1 else states
 
     def _lead(self, tensors: Tensors) -> tuple[str, ...]:
@@ -222,8 +227,9 @@ class Operator:
         scale: float | None,
         backend: str | None,
         check: bool,
-    ) -> tuple[Tensors, Tensors | None, float]:
-        """Binds and checks what step, verify and commit are given; returns tensors, states and scale."""
+        out: object = None,
+    ) -> tuple[Tensors, Tensors | None, float, Tensors | None]:
+        """Binds and checks what step, verify and commit are given; returns tensors, states, scale and where outputs go."""
         spec, dispatch = self.spec, self._dispatch
         if dispatch.step is None:
             raise ArgumentError(f"{spec.name} is not causal: it has no decode step")
@@ -232,34 +238,77 @@ class Operator:
                 raise ArgumentError(f"{spec.name}.{verb}: state is given twice")
             args, state = args[:-1], args[-1]
         tensors = self._bind(args, named)
-        states = self._states(state)
+        states, outputs = self._states(state), self._outputs(out)
         if slots is not None:
             self._check_rows("slots", slots, tensors)
         self._check(tensors, states, scale, False, backend, self._lead(tensors), slots=slots)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *(states or ()))):
+        if outputs is not None:
+            self._check_outputs(outputs, tensors)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *(states or ()), *(outputs or ()))):
             raise ArgumentError(f"{spec.name}.{verb} has no gradient; call it under torch.no_grad()")
         factor = self._scale(tensors) if scale is None else float(scale)
         if check:
             if slots is not None and states is not None:
                 check_slots(spec.name, slots.tolist(), states[0].shape[0])
             self._test(tensors, factor)
-        return tensors, states, factor
+        return tensors, states, factor, outputs
 
-    def _advance(self, tensors: Tensors, states: Tensors, slots: Tensor | None, factor: float, backend: str | None) -> Tensors:
-        """Computes one token or several, one after the other, and writes the states in place."""
-        dispatch = self._dispatch
-        if len(self._lead(tensors)) == 2:
-            rows = [self._advance(self._token(tensors, t), states, slots, factor, backend) for t in range(tensors[0].shape[1])]
-            if not rows:
+    def _advance(
+        self,
+        tensors: Tensors,
+        states: Tensors,
+        slots: Tensor | None,
+        factor: float,
+        backend: str | None,
+        outputs: Tensors | None = None,
+    ) -> Tensors:
+        """Computes one token or several, one after the other, and writes states and outputs, made where they are not given, in place."""
+        dispatch, lead = self._dispatch, self._lead(tensors)
+        if outputs is None:  # like the states: of each element that torch.vmap maps, its own
+            shapes, dtype = self._shapes(tensors, lead)
+            outputs = tuple([states[0].new_empty(shape, dtype=dtype) for shape in shapes])
+        if len(lead) == 2:
+            if not tensors[0].shape[1]:
                 raise ArgumentError(f"{self.spec.name}: T is 0; it wants a token")
-            return tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
-        if backend == "oracle":
-            dispatch.check_step(tensors, states, slots)
-            return by_slots(self._oracle_step)(*dispatch.split(tensors), factor, states, slots)
-        if backend is not None and tensors[0].device.type == "meta":
-            return dispatch.direct_step(backend, factor, tensors, states, slots)
-        assert dispatch.step is not None
-        return as_tuple(dispatch.step(*tensors, *states, slots, factor, backend or ""))
+            for t in range(tensors[0].shape[1]):
+                self._advance(self._token(tensors, t), states, slots, factor, backend, tuple(o[:, t] for o in outputs))
+        elif backend == "oracle":
+            dispatch.check_step(tensors, states, slots, outputs)
+            by_slots(self._oracle_step)(*dispatch.split(tensors), factor, states, slots, outputs)
+        elif backend is not None and tensors[0].device.type == "meta":
+            dispatch.direct_step(backend, factor, tensors, states, slots, outputs)
+        else:
+            assert dispatch.step is not None
+            dispatch.step(*tensors, *states, *outputs, slots, factor, backend or "")
+        return outputs
+
+    def _shapes(self, tensors: Tensors, lead: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], torch.dtype]:
+        """Returns the shapes of a step's outputs, and their dtype."""
+        key = (len(lead), *[x.shape for x in tensors])
+        shapes = None if torch.compiler.is_compiling() else self._made.get(key)
+        if shapes is None:
+            sizes = Sizes(self.spec)
+            sizes.meet_all(tensors, lead)
+            shapes = tuple(sizes.shape(o, *lead) for o in self.spec.outputs)
+            if not torch.compiler.is_compiling():
+                if len(self._made) >= SEEN:
+                    self._made.clear()
+                self._made[key] = shapes
+        first = tensors[0].dtype
+        return shapes, first if self.spec.inputs[0].gate else narrowed(tensors) or first
+
+    def _check_outputs(self, outputs: Tensors, tensors: Tensors) -> None:
+        """Checks where a step's outputs are to go; raises ArgumentError."""
+        name = f"{self.spec.name}.step"
+        lead = self._lead(tensors)
+        shapes, dtype = self._shapes(tensors, lead)
+        for a, x, shape in zip(self.spec.outputs, outputs, shapes, strict=True):
+            what = "out" if len(outputs) == 1 else f"out {a.name}"
+            check_kind(name, what, x, (dtype,), tensors[0].device)
+            if x.shape != shape:
+                raise ArgumentError(f"{name}: {what} is {list(x.shape)}; it wants [{', '.join(a.shape(*lead))}] = {list(shape)}")
+            if not is_dense(a, x):
+                raise ArgumentError(f"{name}: {what} has strides {list(x.stride())}; it wants the numbers of each head behind each other")
 
     def _oracle_step(self, inputs: Tensors, params: Tensors, factor: float, states: Tensors) -> Tensors:
         """Evaluates one token in float64 and writes the states."""
@@ -284,6 +333,17 @@ class Operator:
         return states[0] if len(states) == 1 else states
 
     # -- arguments --
+
+    def _outputs(self, out: object) -> Tensors | None:
+        """Returns where outputs are to go as a tuple; raises ArgumentError where that is not as many tensors as the spec has outputs."""
+        if out is None:
+            return None
+        given = (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ()
+        count = len(self.spec.outputs)
+        if len(given) != count or not all(isinstance(x, Tensor) for x in given):
+            wants = "a tensor" if count == 1 else f"a tuple of {count} tensors ({', '.join(o.name for o in self.spec.outputs)})"
+            raise ArgumentError(f"{self.spec.name}.step: out is a {type(out).__name__}; it wants {wants}")
+        return given
 
     def _bind(self, args: Sequence[object], named: Mapping[str, object]) -> Tensors:
         """Puts positional and named tensors in spec order; raises ArgumentError."""

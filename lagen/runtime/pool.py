@@ -6,7 +6,7 @@ Stands alone (torch and the standard library): it is copied into every built pac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from lagen.runtime.signature import ArgumentError, Tensors
 
 Step = Callable[..., Tensors]
+Writing = Callable[..., None]
 
 
 def check_slots(name: str, slots: Sequence[int], size: int) -> None:
@@ -62,17 +63,21 @@ def blank(outputs: Tensors, slots: Tensor) -> Tensors:
     return tuple(o.masked_fill((slots < 0).reshape(-1, *[1] * (o.dim() - 1)), 0.0) for o in outputs)
 
 
-def by_slots(step: Step) -> Step:
-    """Lets a step whose states are its rows' take ``slots`` as its last argument: states are copied out of the pool and back."""
+def by_slots(step: Step) -> Writing:
+    """Lets a step that returns outputs, and whose states are its rows', take ``slots`` and ``outputs`` as its last arguments.
+
+    States are copied out of the pool and back, outputs into the caller's.
+    """
 
     @functools.wraps(step)
-    def over(inputs: Tensors, params: Tensors, scale: float, states: Tensors, slots: Tensor | None) -> Tensors:
-        if slots is None:
-            return step(inputs, params, scale, states)
-        rows = take(states, slots)
-        outputs = step(inputs, params, scale, rows)
-        put(states, slots, rows)
-        return blank(outputs, slots)
+    def over(inputs: Tensors, params: Tensors, scale: float, states: Tensors, slots: Tensor | None, outputs: Tensors) -> None:
+        rows = states if slots is None else take(states, slots)
+        made = step(inputs, params, scale, rows)
+        if slots is not None:
+            put(states, slots, rows)
+            made = blank(made, slots)
+        for o, x in zip(outputs, made, strict=True):
+            o.copy_(x)
 
     return over
 
@@ -80,20 +85,22 @@ def by_slots(step: Step) -> Step:
 # ---- what overlaps --------------------------------------------------------------------------------------------------------------
 
 
-def check_apart(name: str, names: Sequence[str], tensors: Sequence[Tensor], states: Sequence[Tensor], state_names: Sequence[str]) -> None:
-    """Raises ArgumentError where a state, which a step writes, shares memory with another tensor of the call or with itself."""
-    homes = [s.untyped_storage().data_ptr() for s in states]
-    for i, (s, home) in enumerate(zip(states, homes, strict=True)):
-        if not s.is_contiguous() and any(n > 1 and step == 0 for n, step in zip(s.shape, s.stride(), strict=True)):
-            raise ArgumentError(
-                f"{name}: state {state_names[i]} is an expanded view; a step wants a place of its own for each of its numbers"
-            )
-        for n, x in zip(names, tensors, strict=False):
-            if x.untyped_storage().data_ptr() == home and _meet(s, x):
-                raise ArgumentError(f"{name}: state {state_names[i]} shares memory with {n}; a step writes it, and wants it apart")
-        for j in range(i):
-            if homes[j] == home and _meet(s, states[j]):
-                raise ArgumentError(f"{name}: states {state_names[j]} and {state_names[i]} share memory; a step wants them apart")
+def check_apart(name: str, read: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
+    """Raises ArgumentError where a tensor that a step writes shares memory with another one of the call, or with itself.
+
+    Both are by what a message calls them.
+    """
+    homes = [x.untyped_storage().data_ptr() for x in read.values()]
+    own = [x.untyped_storage().data_ptr() for x in written.values()]
+    if len({*own}) == len(own) and {*own}.isdisjoint(homes) and not any([0 in x.stride() for x in written.values()]):
+        return
+    listed = [*zip(read.items(), homes, strict=True), *zip(written.items(), own, strict=True)]
+    for i, ((label, x), home) in enumerate(listed[len(read) :], len(read)):
+        if any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+            raise ArgumentError(f"{name}: {label} is an expanded view; a step wants a place of its own for each of its numbers")
+        for (other, y), at in listed[:i]:
+            if at == home and _meet(x, y):
+                raise ArgumentError(f"{name}: {label} shares memory with {other}; a step writes it, and wants it apart")
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:

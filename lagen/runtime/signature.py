@@ -128,6 +128,16 @@ class Sizes:
         return tuple(self.known[d] for d in a.shape(*lead))
 
 
+def is_dense(a: Argument, x: Tensor) -> bool:
+    """Tells whether the numbers of one token and head lie behind each other."""
+    step = 1
+    for i in range(-1, -1 - len(a.dims), -1):
+        if x.shape[i] != 1 and x.stride(i) != step:
+            return False
+        step *= x.shape[i]
+    return True
+
+
 def _shape(x: Tensor) -> str:
     return f"[{', '.join(map(str, x.shape))}]"
 

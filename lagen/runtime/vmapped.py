@@ -29,10 +29,13 @@ def joined(call: Callable[..., Sequence[Tensor]], size: int, in_dims: Sequence[i
     return apart, (0,) * len(apart)
 
 
+def element(in_dims: Sequence[int | None], args: Sequence[Any], i: int) -> list[Any]:
+    """Returns the arguments of one element of the mapped dim."""
+    return [x.select(d, i) if d is not None else x for x, d in zip(args, in_dims, strict=True)]
+
+
 def each(call: Callable[..., Sequence[Tensor]], size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Mapped:
     """Calls once for every element of the mapped dim; what a call writes, it writes into the mapped tensors."""
-    rows = []
-    for i in range(size):
-        rows.append(call(*(x.select(d, i) if d is not None else x for x, d in zip(args, in_dims, strict=True))))
+    rows = [call(*element(in_dims, args, i)) for i in range(size)]
     made = tuple(torch.stack(tuple(parts)) for parts in zip(*rows, strict=True))
     return made, (0,) * len(made)

@@ -24,6 +24,7 @@ from torch import Tensor
 from lagen.ir.tunable import Config
 from lagen.ir.variant import Variant
 from lagen.runtime.cpp import CppBackend, Missing, build, defines
+from lagen.runtime.dispatch import as_tuple
 from lagen.runtime.load import load
 from lagen.runtime.operator import Operator
 from lagen.targets.orphan import die_with_parent
@@ -110,10 +111,12 @@ def checked(operator: Operator, variant: Variant, job: Job, device: str) -> None
             raise Refused(Reason.RACE, f"{result.tensor} differs when the same call is made again")
 
 
-def repeated(run: Callable[[], tuple[Tensor, ...]]) -> None:
-    """Makes the timed call three times and compares the bits; raises Refused."""
+def repeated(run: Callable[[], tuple[Tensor, ...]], reset: Callable[[], object] = lambda: None) -> None:
+    """Makes the timed call three times, each after ``reset``, and compares the bits; raises Refused."""
+    reset()
     first = [x.clone() for x in run()]
     for _ in range(2):
+        reset()
         if not all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)):
             raise Refused(Reason.RACE, "the timed call gives other bits each time")
 
@@ -146,18 +149,9 @@ class Clock:
 
 
 def runner(operator: Operator, case: Case, passes: Sequence[str], backend: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Returns the call that is timed: exactly the passes of the job, past autograd."""
+    """Returns the call that is timed: exactly the passes of the job but the decode step, past autograd."""
     served = operator.backends[backend]
     inputs, params, scale = case.inputs, case.params, 1.0
-    if passes == ("step",):
-        assert served.step is not None
-        one = tuple(x[:, 0].contiguous() for x in inputs)
-        step = served.step
-        given = zip(inputs, operator.spec.inputs, strict=True)
-        sizes = {d: n for x, a in given for d, n in zip(a.shape("B", "T"), x.shape, strict=True) if d not in ("B", "T")}
-        fresh = operator.init_state(inputs[0].shape[0], inputs[0].device, **sizes)
-        held = fresh if isinstance(fresh, tuple) else (fresh,)
-        return lambda: step(one, params, scale, held)
 
     def forward() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         outputs, _, saved = served.forward(inputs, params, scale, None, False, None)
@@ -182,6 +176,25 @@ def runner(operator: Operator, case: Case, passes: Sequence[str], backend: str) 
 
 
 Call = Callable[[], object]
+
+
+def decoder(operator: Operator, case: Case, backend: str) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], None]]:
+    """Returns the decode step that is timed, which allocates nothing, and what takes its state back to the first token."""
+    step = operator.backends[backend].step
+    assert step is not None
+    one = tuple(x[:, 0].contiguous() for x in case.inputs)
+    outputs, states = (as_tuple(x) for x in operator.step(*one, *case.params, backend=backend))
+    first = [s.clone() for s in states]
+
+    def decode() -> tuple[Tensor, ...]:
+        step(one, case.params, 1.0, states, None, outputs)
+        return (*outputs, *states)
+
+    def reset() -> None:
+        for s, x in zip(states, first, strict=True):
+            s.copy_(x)
+
+    return decode, reset
 
 
 def race(clock: Clock, candidate: Call, default: Call, rival: Call, rounds: int) -> dict[str, float]:
@@ -229,8 +242,13 @@ def trial(request: dict[str, Any]) -> dict[str, Any]:
     print("compiled", file=sys.stderr, flush=True)
     checked(operators[config], variant, job, device)
     case = make(variant, Extent(job.tokens, job.batch, job.heads, 1, job.dims), dtype=DTYPES[job.dtype])
-    runs = {c: runner(o, case, job.passes, backend) for c, o in operators.items()}
-    repeated(runs[config])
+    if job.passes == ("step",):
+        steps = {c: decoder(o, case, backend) for c, o in operators.items()}
+        runs = {c: run for c, (run, _) in steps.items()}
+        repeated(*steps[config])
+    else:
+        runs = {c: runner(o, case, job.passes, backend) for c, o in operators.items()}
+        repeated(runs[config])
     clock = Clock(device, job.threads)
     return race(clock, runs[config], runs[Config()], runs[incumbent], request["rounds"]) | {"code": code, "note": clock.name}
 
