@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
@@ -103,6 +104,7 @@ def agree(op: Operator, variant: lagen.ir.variant.Variant, case: Case, limit: fl
         assert error(x, wanted[name]) < (gradients if name.startswith("d") else limit), f"{name}: {error(x, wanted[name])}, {case}"
 
 
+@functools.cache
 def loaded(name: str) -> tuple[Operator, lagen.ir.variant.Variant]:
     """Loads a shipped spec, or BY_VALUE."""
     variant = read_text(BY_VALUE, "by_value.yaml") if name == "by_value" else read(data.spec(name))
@@ -186,11 +188,12 @@ def test_a_decay_for_every_element_of_any_size(dims: dict[str, int]) -> None:
     agree(op, variant, make(variant, Extent(37, dims=tuple(dims.items())), carried=True))
 
 
+@pytest.mark.parametrize("time, sizes", [(40, (20, 12)), (1, (16, 16)), (70, (64, 64)), (40, (128, 128))], ids=str)
 @pytest.mark.parametrize("gate", [0.0, -5.0, -20.0, -50.0, -200.0, -float("inf")])
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "by_value", "kda"])
-def test_any_gate_and_a_gradient_that_does_not_cancel(name: str, gate: float) -> None:
+def test_any_gate_and_a_gradient_that_does_not_cancel(name: str, gate: float, time: int, sizes: tuple[int, int]) -> None:
     op, variant = loaded(name)
-    case = make(variant, Extent(40, dims=(("K", 20), ("V", 12))), carried=True)
+    case = make(variant, Extent(time, dims=tuple(zip("KV", sizes, strict=True))), carried=True)
     closed = tuple(torch.full_like(x, gate) if a.name.startswith("g") else x for a, x in zip(variant.inputs, case.inputs, strict=True))
     case = Case(case.regime, case.dtype, closed, case.params, case.initial_states, case.d_outputs, case.d_states)
     got, wanted = run(op, case), reference(op, variant, case)
