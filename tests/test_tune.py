@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,7 +211,7 @@ def test_a_trial_in_flight_goes_back_to_the_queue() -> None:
 def test_one_tuner_a_journal_and_bad_storages_are_told() -> None:
     with opened("s"), pytest.raises(Busy, match="another tuner keeps"), opened("s"):
         pass
-    for url in ("nonsense", "grpc://nowhere", "postgresql://localhost:1/none"):
+    for url in ("nonsense", "grpc://nowhere", "postgresql://localhost:1/none", "sqlite:///studies.db"):
         with pytest.raises(BadStorage, match=url.split(":")[0]), opened("s", url):
             pass
 
@@ -291,10 +292,48 @@ def database(tmp_path: Path) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+PROXY = """
+import sys
+from optuna.storages import RDBStorage, run_grpc_proxy_server
+
+run_grpc_proxy_server(RDBStorage(sys.argv[1]), host="localhost", port=int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def proxy(database: str) -> Iterator[str]:
+    """Starts Optuna's gRPC proxy before a PostgreSQL of this test's own."""
+    pytest.importorskip("grpc", reason="grpcio is not installed (pip install 'lagen[grpc]')")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    url = database.replace("postgresql:", "postgresql+psycopg:")
+    server = subprocess.Popen([sys.executable, "-c", PROXY, url, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while socket.socket().connect_ex(("localhost", port)) and server.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        assert server.poll() is None, "the proxy ended"
+        yield f"grpc://localhost:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_four_workers_on_one_postgresql_study_run_no_point_twice(database: str, tmp_path: Path) -> None:
-    log = tmp_path / "trials"
+    share(database, tmp_path / "trials")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_workers_behind_one_grpc_proxy_run_no_point_twice(proxy: str, tmp_path: Path) -> None:
+    share(proxy, tmp_path / "trials")
+
+
+def share(database: str, log: Path) -> None:
+    """Lets four workers search one study to its end, and asserts that every point was run once."""
     env = os.environ | {"PYTHONPATH": str(HERE.parent), "QUICK_LOG": str(log), "QUICK_SECONDS": "0.1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "tuner" / "tuner.py"), database, "1000"]
     workers = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]

@@ -121,9 +121,13 @@ def _shared(url: str) -> BaseStorage:
         if not host or not port.isdigit():
             raise BadStorage(f"{url!r}: write grpc://HOST:PORT")
         try:
-            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
         except ImportError as missing:
-            raise BadStorage(f"{url}: {missing}") from missing
+            raise BadStorage(f"{url}: {missing}; pip install 'lagen[grpc]'") from missing
+    if url.startswith("sqlite:"):
+        raise BadStorage(f"{url}: SQLite lets two workers take one trial; give a PostgreSQL or MySQL URL, or none for a journal file")
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     with warnings.catch_warnings():
