@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -28,63 +29,81 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture
 def four_processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets a batch of one be cut where a batch of three is not."""
+    """Lets a batch of one be cut where a larger one is not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
-    op = lagen.load("gla")
+    op = load("gla", "triton")
     module = next(m for n, m in sys.modules.items() if n.startswith("lagen_cache_gla_") and getattr(m, "operator", None) is op)
     monkeypatch.setattr(module, "_processors", lambda index: 4)
     yield
     torch.set_num_threads(threads)
 
 
-def setup(backend: str, sizes: int) -> tuple[Operator, Subject, Case]:
-    variant = read(data.spec("gla"))
-    op = lagen.load("gla")
-    time = 3 * variant.chunk_default + 5 if backend == "cpp" else 2 * variant.chunk_default + 5
-    case = cases.make(
-        variant, Extent(time, batch=3, heads=2 if backend == "triton" else 1, dims=(("K", sizes), ("V", sizes))), carried=True
-    )
-    return op, Subject(op, variant, backend), case
+VARIANTS = {path.stem: read(path) for path in data.specs()}
+HERE = [(name, "cpp", 24) for name in VARIANTS]
+EACH = [*HERE, ("gla", "triton", 16)]
+
+
+@cache
+def load(name: str, backend: str) -> Operator:
+    return lagen.load(VARIANTS[name], printed=(backend,))
+
+
+def setup(name: str, backend: str, sizes: int) -> tuple[Subject, Case]:
+    variant, triton = VARIANTS[name], backend == "triton"
+    extent = Extent(2 * variant.chunk_default + 5, batch=3 if triton else 4, heads=2 if triton else 1, dims=(("K", sizes), ("V", sizes)))
+    return Subject(load(name, backend), variant, backend), cases.make(variant, extent, carried=True)
 
 
 def row(case: Case, n: int) -> Case:
     def own(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(x[n : n + 1] for x in xs)
 
-    assert case.initial_states is not None
-    states, d_states = own(case.initial_states), own(case.d_states)
-    return replace(case, inputs=own(case.inputs), initial_states=states, d_outputs=own(case.d_outputs), d_states=d_states)
+    states = None if case.initial_states is None else own(case.initial_states)
+    return replace(case, inputs=own(case.inputs), initial_states=states, d_outputs=own(case.d_outputs), d_states=own(case.d_states))
 
 
-def alone(subject: Subject, case: Case) -> dict[str, bool]:
-    """Tells of each result whether the second row has in company the bits that it has alone."""
-    whole = laws.tensors(laws.call(subject, None), subject.variant, case)
-    single = laws.tensors(laws.call(subject, None), subject.variant, row(case, 1))
-    return {name: torch.equal(whole[name][1:2], x) for name, x in single.items()}
+def results(subject: Subject, case: Case, lengths: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    return laws.tensors(laws.call(subject, None, lengths), subject.variant, case)
 
 
-@pytest.mark.parametrize(("backend", "sizes"), [("cpp", 64), ("triton", 16)])
-def test_company_changes_no_bit(backend: str, sizes: int, deterministic: None, four_processors: None) -> None:
-    _, subject, case = setup(backend, sizes)
-    assert all(alone(subject, case).values())
-    again = [laws.tensors(laws.call(subject, None), subject.variant, case) for _ in range(2)]
-    assert all(torch.equal(again[0][name], x) for name, x in again[1].items())
+def summed(subject: Subject) -> set[str]:
+    """Names the gradients that are sums over the batch."""
+    return {f"d{p.name}" for p in subject.variant.params}
 
 
-def test_the_form_is_chosen_by_the_batch_where_nobody_asks(four_processors: None) -> None:
-    _, subject, case = setup("cpp", 64)  # a head is shared by threads where heads are few
-    assert not all(alone(subject, case).values())
+def changed(subject: Subject, case: Case) -> list[str]:
+    """Names the results of the second row that have in company other bits than alone."""
+    whole, single = results(subject, case), results(subject, row(case, 1))
+    return [name for name, x in single.items() if name not in summed(subject) and not torch.equal(whole[name][1:2], x)]
 
 
-@pytest.mark.parametrize(("backend", "sizes"), [("cpp", 64), ("triton", 16)])
-def test_packed_company_changes_no_bit(backend: str, sizes: int, deterministic: None, four_processors: None) -> None:
-    _, subject, case = setup(backend, sizes)
+@pytest.mark.parametrize(("name", "backend", "sizes"), HERE)
+def test_a_call_repeats_to_the_bit(name: str, backend: str, sizes: int, four_processors: None) -> None:
+    """Forward and backward, whichever form the batch has chosen."""
+    subject, case = setup(name, backend, sizes)
+    for given in (case, row(case, 1)):
+        first, second = (results(subject, given) for _ in range(2))
+        assert [key for key, x in first.items() if not torch.equal(x, second[key])] == []
+
+
+@pytest.mark.parametrize(("name", "backend", "sizes"), EACH)
+def test_company_changes_no_bit(name: str, backend: str, sizes: int, deterministic: None, four_processors: None) -> None:
+    assert changed(*setup(name, backend, sizes)) == []
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "gsa"])
+def test_the_form_is_chosen_by_the_batch_where_nobody_asks(name: str, four_processors: None) -> None:
+    assert changed(*setup(name, "cpp", 64)) != []  # a head is shared by threads where heads are few
+
+
+@pytest.mark.parametrize(("name", "backend", "sizes"), EACH)
+def test_packed_company_changes_no_bit(name: str, backend: str, sizes: int, deterministic: None, four_processors: None) -> None:
+    subject, case = setup(name, backend, sizes)
     c = subject.variant.chunk_default
-    lengths = (c + 3, c // 2, 2 * c)
-    got = laws.tensors(laws.call(subject, None, lengths), subject.variant, laws.pack(case, lengths))
-    own = laws.pack(row(case, 1), lengths[1:2])
-    single = laws.tensors(laws.call(subject, None, lengths[1:2]), subject.variant, own)
-    for name, x in single.items():
-        part = got[name][1:2] if name.endswith("]") else got[name][:, lengths[0] : lengths[0] + lengths[1]]
-        assert torch.equal(part, x), name
+    lengths = (c + 3, c // 2, 2 * c, 0)[: case.inputs[0].shape[0]]
+    got = results(subject, laws.pack(case, lengths), lengths)
+    single = results(subject, laws.pack(row(case, 1), lengths[1:2]), lengths[1:2])
+    for key in single.keys() - summed(subject):
+        part = got[key][1:2] if key.endswith("]") else got[key][:, lengths[0] : lengths[0] + lengths[1]]
+        assert torch.equal(part, single[key]), key
