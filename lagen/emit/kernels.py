@@ -168,7 +168,7 @@ class KernelPrinter:
         """Prints the kernel's docstring: what it computes."""
         names = {e: n for n, e in self.recurrence.names}
         lines = [f"{self.kernel.why[0].upper()}{self.kernel.why[1:]}."]
-        lines += [f"    {h.carry}" for h in self.kernel.holds]
+        lines += [f"    {x}" for s in self.kernel.states for x in (*s.solves, s)] + [f"    {h.carry}" for h in self.kernel.holds]
         lines += [f"    {s.buffer.name} {'+=' if s.summed else '='} {E.show(s.value, names)}" for s in self.kernel.stores]
         out = []
         for line in lines:
@@ -199,7 +199,7 @@ class KernelPrinter:
         lines.append("cu_seqlens, NSEQ" if self.out.rows else "slots")
         if self.kernel.kind == "step":
             shared = bool(self.kernel.stores) and any(self.alone(s.head, s.dims) for s in self.states.values())
-            lines.append("HV, G, NY" + ", APART: tl.constexpr" * shared)
+            lines.append("HV, G" + ", NY" * bool(self.kernel.tile) + ", APART: tl.constexpr" * shared)
         elif self.kernel.kind == "chunks":
             lines.append("T, HV, G, NY, NC, LEVELS")
         elif self.kernel.kind == "tokens":

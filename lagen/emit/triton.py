@@ -295,7 +295,7 @@ class _Module:
                 tiled = ["NY"] * any(k.tile not in ("", *s.dims) for s in k.states)
                 sharing = " * ".join([*tiled, *dict.fromkeys("G" if s.head else "HV" for s in k.states if s.head != self.top)])
                 lines.append(f"apart = {sharing} > 1  # programs that share a state leave it to a launch after")
-            args.append(f"{heads}, {'G' if k.stores else '1'}, {'NY' if k.tile else '1'}" + ", apart" * ("APART" in p.source))
+            args.append(f"{heads}, {'G' if k.stores else '1'}" + ", NY" * bool(k.tile) + ", apart" * ("APART" in p.source))
         elif k.kind == "chunks":
             lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)")
             args.append("T, HV, G, NY, NC, BT.bit_length() - 1")
