@@ -22,7 +22,7 @@ import lagen
 from lagen import data
 from lagen.emit.cpp import fallback, render_cpp, whole
 from lagen.emit.cpp_fit import Fallback
-from lagen.emit.cpp_plan import Sweep, plan_backward, plan_forward, split_dim
+from lagen.emit.cpp_plan import Sweep, plan_backward, plan_forward, split_dim, tile, tunables
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.differentiate import differentiate
 from lagen.passes.simplify import simplify
@@ -463,6 +463,16 @@ def test_backward_takes_three_sweeps_of_a_plain_state() -> None:
     assert [s.label for p in forward.passes for s in p.steps if isinstance(s, Sweep)] == ["S_K_"]
     assert sorted(s.label for p in backward.passes for s in p.steps if isinstance(s, Sweep)) == ["S_V_", "dS_K_", "dS_V_"]
     assert [p.reverse for p in backward.passes] == [False, True]
+
+
+@pytest.mark.parametrize("name, tokens", [("retnet", 16), ("gated_deltanet", 16), ("hgrn", 16), ("gla", 8), ("rwkv7", 8)])
+def test_a_tile_is_shorter_where_a_matrix_decays_on_a_dim(name: str, tokens: int) -> None:
+    recurrence, adjoint = compiled(data.spec(name).read_text())
+    forward, backward = plan_forward(recurrence), plan_backward(adjoint)
+    text = render_cpp(recurrence, adjoint)
+    assert not isinstance(forward, Fallback) and not isinstance(backward, Fallback) and not isinstance(text, Fallback)
+    assert tile(forward) == tile(backward) == tokens and f"#define LG_TILE {tokens}\n" in text
+    assert tunables(forward, "forward").default.table["forward tile"] == tokens
 
 
 def test_two_renders_give_the_same_bytes() -> None:

@@ -11,7 +11,7 @@ import jinja2
 from lagen import data
 from lagen.emit.cpp_direction import print_direction
 from lagen.emit.cpp_fit import Fallback
-from lagen.emit.cpp_plan import EVERY, Program, Sweep, plan_backward, plan_forward, split_dim
+from lagen.emit.cpp_plan import EVERY, Program, Sweep, plan_backward, plan_forward, split_dim, tile
 from lagen.ir.expr import Expr, number
 from lagen.ir.recurrence import Adjoint, Recurrence
 
@@ -39,6 +39,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         causal=all(s.causal for s in recurrence.states),
         split=split,
         split_index=_dims(recurrence).index(split) if split else -1,
+        tile=tile(forward),
         every=EVERY if isinstance(backward, Fallback) else backward.every,
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
         directions=directions,

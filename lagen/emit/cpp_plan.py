@@ -184,6 +184,12 @@ REGISTERS = 32
 """Vector registers of the widest machine; where there are fewer, the C++ itself takes fewer tokens a group."""
 
 
+def tile(program: Program) -> int:
+    """Returns how many tokens a tile has by default: what decays on a dim of a matrix copies its operands, and half as many stay near."""
+    sweeps = (s for p in program.passes for s in p.steps if isinstance(s, Sweep))
+    return 8 if any(g.dims for s in sweeps if s.rows for g in s.decay) else 16
+
+
 def tunables(program: Program, pass_: str, cores: int = 1) -> Tunables:
     """Returns what may be chosen of one direction: the macros of templates/cpp/sweep.h.j2, and how many of ``cores`` threads it takes."""
     sweeps = [s for p in program.passes for s in p.steps if isinstance(s, Sweep)]
@@ -191,7 +197,7 @@ def tunables(program: Program, pass_: str, cores: int = 1) -> Tunables:
         return Tunables(())
     least = max(1, min(len(s.reads) for s in sweeps))
     found = [
-        Tunable(f"{pass_} tile", (8, 16, 32, 64), 16, "tokens whose values are computed, then swept, at a time"),
+        Tunable(f"{pass_} tile", (8, 16, 32, 64), tile(program), "tokens whose values are computed, then swept, at a time"),
         Tunable(f"{pass_} wide", (1, 2, 4), 4, "vectors of a state's row that a walk keeps in registers"),
         Tunable(f"{pass_} group", (1, 2, 4, 8), 4, "tokens that share a walk over the state, where the registers hold them"),
     ]
