@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import multiprocessing
@@ -390,7 +391,7 @@ TINY = 'extern "C" int lagen_tiny(const long* x) { return (int)x[0]; }\n'
 def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
     counter = tmp_path / "c++"
     real = cpp.compilers()[0]
-    counter.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo >> {tmp_path}/count ;; esac\nexec {real} "$@"\n')
+    counter.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) echo >> {tmp_path}/count ;; esac\nexec {real} "$@"\n')
     counter.chmod(0o755)
     code = f"from lagen.runtime import cpp; import ctypes; print(ctypes.CDLL(str(cpp.build({TINY!r}, 'tiny'))).lagen_tiny)"
     environment = os.environ | {"CXX": str(counter), "LAGEN_CACHE_DIR": str(tmp_path / "cache")}
@@ -402,6 +403,27 @@ def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
         assert process.returncode == 0, told.decode()
     assert (tmp_path / "count").read_text().count("\n") == 1
     assert [p.suffix for p in (tmp_path / "cache" / "cpp").iterdir() if p.suffix != ".lock"] == [".so"]
+
+
+def test_two_compilers_halve_a_file_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = tmp_path / "calls", cpp.compilers()[0]
+    counter = tmp_path / "c++"
+    counter.write_text(f'#!/bin/sh\necho "$*" >> {seen}\nexec {real} "$@"\n')
+    counter.chmod(0o755)
+    monkeypatch.setenv("LAGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(counter))
+    other = {1: 2, 2: 1}
+    halves = "".join(f'#if LG_PART != {other[i]}\nextern "C" int half_{i}() {{ return {i}; }}\n#endif\n' for i in cpp.PARTS)
+    built = cpp.build(halves, "halves")
+    assert isinstance(built, Path)
+    library = ctypes.CDLL(str(built))
+    assert [library.half_1(), library.half_2()] == [1, 2]
+    assert sorted(word for line in seen.read_text().splitlines() for word in line.split() if "PART" in word) == [
+        "-DLG_PART=1",
+        "-DLG_PART=2",
+    ]
+    broken = cpp.build(halves.replace("return 2;", "return two;"), "halves")
+    assert isinstance(broken, cpp.Missing) and "two" in broken.reason
 
 
 def test_what_the_compiler_is_told_makes_another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

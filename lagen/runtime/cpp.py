@@ -36,6 +36,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+PARTS = (1, 2)  # of a generated file: forward and step, backward
 INCLUDE = '#include "_sweeps.h"\n'
 SMALL = 1 << 18  # state entries of a step that one thread takes alone
 SLOTS = 7  # among the words of a call
@@ -116,13 +117,24 @@ def build(source: str, name: str, told: tuple[str, ...] = ()) -> Path | Missing:
 
 
 def _compile(compiler: str, flags: Sequence[str], source: str, path: Path) -> str:
-    """Compiles into ``path``, whole or not at all; returns the compiler's complaint, "" where it had none."""
+    """Compiles into ``path``, whole or not at all; returns the compiler's complaint, "" where it had none.
+
+    A file in parts is compiled by one process a part.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         text, made = Path(folder) / f"{path.stem}.cpp", Path(folder) / path.name
         text.write_text(source, encoding="utf-8")
-        done = subprocess.run([compiler, *flags, "-o", str(made), str(text)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            return next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:400] or "no reason given")
+        parts = {str(Path(folder) / f"{i}.o"): f"-DLG_PART={i}" for i in (PARTS if "LG_PART" in source else (0,))}
+        alone = [f for f in flags if f != "-shared"]
+        commands = [[compiler, *alone, told, "-c", "-o", part, str(text)] for part, told in parts.items()]
+        running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
+        ends = [(process.communicate()[1], process.returncode) for process in running]
+        if not any(code for _, code in ends):
+            linked = subprocess.run([compiler, *flags, "-o", str(made), *parts], capture_output=True, text=True, check=False)
+            ends.append((linked.stderr, linked.returncode))
+        words = next((said for said, code in ends if code), None)
+        if words is not None:
+            return next((line for line in words.splitlines() if "error" in line), words.strip()[:400] or "no reason given")
         os.replace(made, path)
     return ""
 
