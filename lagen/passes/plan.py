@@ -13,13 +13,14 @@ Rules, none of them about a variant:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import Carry
 from lagen.ir.expr import LEAVES, Expr, addends, walk
 from lagen.ir.plan import Buffer, Hold, Kernel, Plan, Store
-from lagen.ir.recurrence import Adjoint, Recurrence, State, closings
+from lagen.ir.recurrence import Adjoint, Recurrence, State, closings, readout
 from lagen.passes.chunk import carry_of, lower_readout, lower_solve, merge
 from lagen.passes.decode import plan_step
 from lagen.passes.leads import push_leads
@@ -246,6 +247,9 @@ class _Pass:
 
     def settle(self, targets: list[tuple[Buffer, Expr]]) -> None:
         """Gives every target its kernel."""
+        elementwise = self.elementwise([e for _, e in targets])
+        targets = [(b, E.rewrite(e, elementwise)) for b, e in targets]
+        self.states = {name: s.map(lambda e: E.rewrite(e, elementwise)) for name, s in self.states.items()}
         self.place([e for _, e in targets])
         for buffer, e in targets:
             keys = self.keys(e)
@@ -274,6 +278,26 @@ class _Pass:
                 return None
             return key, E.add(*rest, self.store(earlier, next(iter(self.keys(earlier))), "float32" if E.reads(e, "suffix") else ""))
         return (key, e) if self.clean(e, key) else None
+
+    def elementwise(self, roots: list[Expr]) -> Callable[[Expr], Expr | None]:
+        """Returns the rule that reads a vector state element by element where its own dim is the only one on a grid.
+
+        A sweep without tiles would read it whole, and each tile of a sum over tokens would add all of that to its share.
+        """
+        operands = [x for s in self.states.values() for x in s.operands]
+        reads = [n for n in walk(*roots, *operands) if n.op == "readout"]
+        kept = {n: tuple(d for d in self.states[n.name].dims if d != n.attr("dim")) for n in reads}
+        tiles = {(self.states[n.name].reverse, dims[0]) for n, dims in kept.items() if dims}
+
+        def rule(n: Expr) -> Expr | None:
+            if n.op != "readout" or n.attr("at") == "all" or not (x := n.attr("dim")) or kept[n]:
+                return None
+            state = self.states[n.name]
+            if all(d != x for _, d in tiles) or any(way == state.reverse and d != x for way, d in tiles):
+                return None
+            return E.contract(E.rewrite(n.args[0], rule), readout(state, E.ONE, "", n.attr("at")))
+
+        return rule
 
     def place(self, roots: list[Expr]) -> None:
         """Chooses the sweep of every readout and suffix."""
@@ -363,6 +387,8 @@ class _Pass:
         """Lets the sweep store ``e`` for a later kernel and returns the leaf that loads it."""
         if e not in self.temps:
             partial = key[1] if not self.clean(e, key) else ""
+            whole = [a for n in E.reads(e, "suffix") for a in n.args if partial and a.args and not self.partial(a, self.side(a, key))]
+            assert not whole, f"each tile's share of {e} would have all of {whole}"
             name = f"{self.stem}{len(self.temps)}"
             buffer = Buffer(name, self.head, e.dims, True, dtype or ("input" if e.dims else "float32"), partial)
             self.sweeps[key].append(Store(buffer, e))
