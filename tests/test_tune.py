@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -28,7 +28,7 @@ from lagen.tune.measure import Measure
 from lagen.tune.modelled import unfit
 from lagen.tune.outcome import Failed, Outcome, Reason, Timed
 from lagen.tune.report import draw
-from lagen.tune.run import run, study_of
+from lagen.tune.run import _choose, run, study_of
 from lagen.tune.search import Budget, search, state_of
 from lagen.tune.space import space_of
 from lagen.tune.studies import BadStorage, Busy, journal_of, mend, opened
@@ -101,6 +101,17 @@ def test_nothing_replaces_the_default_unless_it_wins_by_more_than_the_noise() ->
     shutil.rmtree(journal_of("s").parent)
     clear = searched(Told({(4, 1): timed(0.9), (8, 1): timed(0.985)}))
     assert clear.best is not None and clear.best.config == Config.of({"forward a": 4, "forward b": 1})
+
+
+def test_a_default_whose_trial_was_lost_is_judged_before_anything_replaces_it() -> None:
+    slower = {(1, 1): timed(1.2), (4, 1): timed(1.1)}
+    state = searched(Told(slower), 3)
+    state = replace(state, done=tuple(d for d in state.done if d.config != SPACE.default))
+    assert len(state.done) == 2
+    judge = Told(slower)
+    assert _choose(judge, SPACE, state)[0] == Config() and judge.asked[0] == (2, 1)
+    unfit_default = Told(slower | {(2, 1): Failed(Reason.SPILLS, "k 8 bytes", 8.0)})
+    assert _choose(unfit_default, SPACE, state)[0] == Config.of({"forward a": 4})
 
 
 def test_code_that_spills_or_does_not_fit_is_refused_before_it_is_timed() -> None:

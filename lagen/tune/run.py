@@ -78,9 +78,11 @@ def _choose(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcom
     if best is None:
         return _least_spilt(space, state)
     proof: Outcome | None = best.outcome
-    usable = any(d.config == space.default and isinstance(d.outcome, Timed) for d in state.done)
+    default = next((d.outcome for d in state.done if d.config == space.default), None)  # its trial may be lost, and wait behind others
+    usable = isinstance(default or judge.judge(space.default, space.default, ()), Timed)
     timed = [(d.outcome.ratio, d) for d in state.done if isinstance(d.outcome, Timed)]
-    ranked = [best, *(d for _, d in sorted(timed, key=lambda x: x[0]) if d is not best)]
+    ranked = [d for _, d in sorted(timed, key=lambda x: x[0])]
+    ranked = [best, *(d for d in ranked if d is not best)] if usable else ranked
     for d in ranked if not usable else ranked[: 1 if isinstance(judge, Measure) else None]:
         if d.config == space.default:
             break
