@@ -169,6 +169,24 @@ def test_without_slots_each_row_has_its_state() -> None:
     assert torch.equal(mine, whole)
 
 
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet"])
+def test_greedy_decoding_agrees_with_the_chunked_form_over_a_thousand_tokens(name: str) -> None:
+    variant = read(data.spec(name))
+    op = lagen.load(variant)
+    generator = torch.Generator().manual_seed(1)
+    case = cases.make(variant, Extent(64, batch=1, heads=2, dims=(("K", 16), ("V", 16))))
+    head = torch.randn(case.d_outputs[0][0, 0].numel(), 64, generator=generator)
+    tables = [x[0] for x in case.inputs]  # what each of 64 words becomes
+    words, state = [0], None
+    for _ in range(1000):
+        o, state = op.step(*(t[words[-1:]] for t in tables), *case.params, state=state)
+        words.append(int((o.flatten() @ head).argmax()))
+    o = op(*(t[words[:-1]][None] for t in tables), *case.params)
+    again = (o[0].flatten(1) @ head).argmax(1).tolist()
+    assert len(set(words)) > 3, "a sequence that says something"
+    assert again == words[1:]
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------------------
 
 
