@@ -16,7 +16,7 @@ from lagen.runtime.operator import ArgumentError, Operator
 from lagen.spec import read
 from lagen.targets.launch import record
 from lagen.targets.target import find
-from lagen.tune.trial import decoder, repeated
+from lagen.tune.trial import Refused, decoder, repeated
 from lagen.verify import cases
 from lagen.verify.cases import Extent
 
@@ -177,5 +177,5 @@ def test_the_tuner_times_a_step_that_repeats(name: str) -> None:
     variant = read(data.spec(name))
     decode, reset = decoder(lagen.load(variant), cases.make(variant, Extent(1, batch=2, heads=2)), "cpp")
     repeated(decode, reset)
-    with pytest.raises(Exception, match="other bits"):
+    with pytest.raises(Refused, match="other bits"):
         repeated(decode)
