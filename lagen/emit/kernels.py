@@ -198,7 +198,7 @@ class KernelPrinter:
             lines.append("scale")
         lines.append("cu_seqlens, NSEQ" if self.out.rows else "slots")
         if self.kernel.kind == "step":
-            shared = bool(self.kernel.stores) and any(self.alone(s.head, s.dims) for s in self.states.values())
+            shared = not self.kernel.late and any(self.alone(s.head, s.dims) for s in self.states.values())
             lines.append("HV, G" + ", NY" * bool(self.kernel.tile) + ", APART: tl.constexpr" * shared)
         elif self.kernel.kind == "chunks":
             lines.append("T, HV, G, NY, NC, LEVELS")
@@ -519,7 +519,7 @@ class KernelPrinter:
             alone = self.alone(state.head, state.dims)
             at, mask = self.step_place(state, f"state_{state.name}")
             line = f"tl.store({at}, b_{state.name}_n" + (f", mask={mask})" if mask else ")")
-            if alone and self.kernel.stores:  # where several programs read a state, a later launch writes it, once all have
+            if alone and not self.kernel.late:  # where several programs read a state, a later launch writes it, once all have
                 out.lines += ["if not APART:", f"    {line}"]
             elif not alone:
                 out.lines.append(line)

@@ -103,7 +103,7 @@ class _Module:
 
     def top_of(self, k: Kernel) -> str:
         """Returns the head that a kernel has a program for each of."""
-        if k.kind == "step" and not k.stores:
+        if k.late:
             return max((s.head for s in k.states), key=E.HEADS.index)
         return k.stores[0].buffer.head if k.name.startswith("prepare") else self.top
 
@@ -171,7 +171,7 @@ class _Module:
             most = "16" if is_narrow(k) else most
             if k.kind == "chunks" and k.tile:
                 lines.append(f'BT, B{k.tile}_chunk = _config(tuned, rule, "{place(k)}", {k.tile}, 16, {cap[place(k)]})[:2]')
-            elif k.runs or (k.kind == "step" and k.stores):
+            elif k.runs or (k.kind == "step" and not k.late):
                 called = f'_config(tuned, rule, "{place(k)}", {k.tile or 16}, {most}, {cap.get(place(k), 64)})'
                 lines.append(f"BT, {f'B{k.tile}' if k.tile else '_'}, warps_{k.name}, stages_{k.name} = {called}")
             if k.kind == "scan":
@@ -205,10 +205,11 @@ class _Module:
             call = f"{names} = {p}({'inputs' if not step else 'tuple(x[:, None] for x in inputs)'}, params, ({stored}), scale{packed})"
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
         lines, args, grid = self.call(k, p, step)
-        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.runs or (k.kind == "step" and k.stores) else ("8", "1")
-        warps = "4" if not k.tile and (k.kind == "chunks" or not k.stores) else warps  # one tile of pair weights, or a few vectors
-        warps = "warps_step" if k.kind == "step" and k.tile else warps
-        only = "apart and " if k.kind == "step" and not k.stores else ""
+        warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.runs or k.kind == "step" else ("8", "1")
+        if k.late:
+            warps, stages = "warps_step" if k.tile else "4", "1"  # tiles as the step's, or a few vectors
+        warps = "4" if k.kind == "chunks" and not k.tile else warps  # one tile of pair weights
+        only = "apart and " if k.late else ""
         return lines + self.calls(k.name, grid, [x for _, x in args], warps, stages, only)
 
     def calls(self, name: str, grid: str, args: list[str], warps: str, stages: str, only: str = "") -> list[str]:
@@ -291,11 +292,12 @@ class _Module:
             args.append(f"T, HV, G, NY, NSEG, SEG{marks}" + (f", triton.cdiv({rows_of(k)}, B{rows_of(k)})" if rows_of(k) else ""))
         elif k.kind == "step":
             lines += [f"NY = {tile}"] if k.tile else []
-            if "APART" in p.source:
+            shared = not k.late and any(x.late for x in self.plan.step)
+            if shared:
                 tiled = ["NY"] * any(k.tile not in ("", *s.dims) for s in k.states)
                 sharing = " * ".join([*tiled, *dict.fromkeys("G" if s.head else "HV" for s in k.states if s.head != self.top)])
                 lines.append(f"apart = {sharing} > 1  # programs that share a state leave it to a launch after")
-            args.append(f"{heads}, {'G' if k.stores else '1'}" + ", NY" * bool(k.tile) + ", apart" * ("APART" in p.source))
+            args.append(f"{heads}, {'1' if k.late else 'G'}" + ", NY" * bool(k.tile) + ", apart" * shared)
         elif k.kind == "chunks":
             lines.append(f"NY, NC = {tile}, _rows(T, BT, cu_seqlens)")
             args.append("T, HV, G, NY, NC, BT.bit_length() - 1")

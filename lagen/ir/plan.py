@@ -100,6 +100,11 @@ class Kernel:
         return self.kind in ("sweep", "scan")
 
     @property
+    def late(self) -> bool:
+        """Tells whether a step's launch only advances what several programs of an earlier one read."""
+        return self.kind == "step" and not self.stores
+
+    @property
     def tile_key(self) -> tuple[bool, str]:
         """Returns what tells a pass's sweeps apart: the direction, and the dim on the grid."""
         return self.reverse, self.tile

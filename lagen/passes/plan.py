@@ -388,7 +388,8 @@ class _Pass:
         if e not in self.temps:
             partial = key[1] if not self.clean(e, key) else ""
             whole = [a for n in E.reads(e, "suffix") for a in n.args if partial and a.args and not self.partial(a, self.side(a, key))]
-            assert not whole, f"each tile's share of {e} would have all of {whole}"
+            if whole:
+                raise NotImplementedError(f"no Triton form for {e}: each tile's share of it would have all of {whole[0]}")
             name = f"{self.stem}{len(self.temps)}"
             buffer = Buffer(name, self.head, e.dims, True, dtype or ("input" if e.dims else "float32"), partial)
             self.sweeps[key].append(Store(buffer, e))
