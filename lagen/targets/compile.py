@@ -14,20 +14,17 @@ import importlib.metadata
 import json
 import os
 import queue
-import select
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lagen import data
 from lagen.targets.launch import FP_FUSION, Constant, Launch, describe
+from lagen.targets.server import Stopped, server
 from lagen.targets.target import Target
 
 FORM = 5
@@ -63,10 +60,6 @@ class Report:
     def fits(self, target: Target) -> bool:
         """Tells whether the device could launch the kernel."""
         return not self.failure and self.shared_bytes <= target.shared_bytes
-
-
-class _Stopped(Exception):
-    """A worker ended, or was ended, without an answer."""
 
 
 # ---- the key -------------------------------------------------------------------------------------------------------------------
@@ -140,64 +133,14 @@ def _remember(path: Path, report: Report) -> None:
 
 # ---- the workers ---------------------------------------------------------------------------------------------------------------
 
+COMMAND = (sys.executable, "-m", "lagen.targets.worker")
 
-class _Worker:
-    """One compiling process with a scratch folder of its own."""
 
-    def __init__(self, fill: bool) -> None:
-        self.scratch = tempfile.TemporaryDirectory(prefix="lagen-compile-")
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if not fill:
-            env |= {"TRITON_CACHE_DIR": self.scratch.name, "TRITON_ALWAYS_COMPILE": "1"}
-        self.words = tempfile.TemporaryFile("w+", errors="replace")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lagen.targets.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.words,
-            env=env,
-            start_new_session=True,  # so that the assemblers it started end with it
-        )
-        self.pending = b""
-
-    def read(self, timeout: float) -> str:
-        """Waits for one line; raises _Stopped with the reason where there is none."""
-        assert self.process.stdout is not None
-        while b"\n" not in self.pending:
-            ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-            if not ready:
-                raise _Stopped(f"took longer than {timeout:.0f} s")
-            more = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not more:
-                self.words.seek(0)
-                raise _Stopped(f"the compiler's process ended ({self.process.wait()}): {self.words.read()[-800:].strip()}")
-            self.pending += more
-        line, _, self.pending = self.pending.partition(b"\n")
-        return line.decode()
-
-    def ask(self, request: str, timeout: float) -> dict[str, Any]:
-        """Sends one request and returns its answer; raises _Stopped."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(request.encode() + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError as error:
-            raise _Stopped("the compiler's process ended before it was asked") from error
-        answer: dict[str, Any] = json.loads(self.read(timeout))
-        return answer
-
-    def close(self) -> None:
-        """Ends the process and everything it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-        self.words.close()
-        self.scratch.cleanup()
+def _environment(fill: bool) -> dict[str, str]:
+    """Returns what a compiling process is started with."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return env if fill else env | {"TRITON_ALWAYS_COMPILE": "1"}
 
 
 def _request(launch: Launch) -> str:
@@ -216,37 +159,23 @@ def _request(launch: Launch) -> str:
     )
 
 
-STARTING = 120.0
-"""Seconds that a worker may take to import Triton, on a machine whose disk is cold and whose cores are busy."""
-
-
 def _serve(todo: queue.SimpleQueue[Launch], done: Callable[[Launch, Report], None], timeout: float, fill: bool) -> None:
-    """Compiles what is queued, one worker at a time, until the queue is empty."""
-    worker: _Worker | None = None
+    """Compiles what is queued, one launch at a time, until the queue is empty."""
     numbers = {f.name for f in fields(Report)}
-    try:
-        while True:
-            try:
-                launch = todo.get_nowait()
-            except queue.Empty:
-                return
-            report = Report(launch.kernel, launch.target.name)
-            try:
-                if worker is None:
-                    worker = _Worker(fill)
-                    worker.read(STARTING)
-                answer = worker.ask(_request(launch), timeout)
-                assert set(answer) <= numbers, answer
-                report = Report(**{**asdict(report), **answer})
-            except _Stopped as reason:
-                report = replace(report, failure=str(reason), seconds=timeout)
-                if worker is not None:
-                    worker.close()
-                    worker = None
-            done(launch, report)
-    finally:
-        if worker is not None:
-            worker.close()
+    while True:
+        try:
+            launch = todo.get_nowait()
+        except queue.Empty:
+            return
+        report = Report(launch.kernel, launch.target.name)
+        try:
+            with server(COMMAND, _environment(fill), "" if fill else "TRITON_CACHE_DIR") as worker:
+                answer = json.loads(worker.ask(_request(launch), timeout))
+            assert set(answer) <= numbers, answer
+            report = Report(**{**asdict(report), **answer})
+        except Stopped as reason:
+            report = replace(report, failure=str(reason), seconds=timeout)
+        done(launch, report)
 
 
 def compile_launches(

@@ -6,20 +6,18 @@ chosen is first run in Triton's interpreter, watched, and compared with the orac
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lagen.ir.tunable import Config
 from lagen.runtime.launches import DTYPES, Gathered, Shape, gather
 from lagen.targets.compile import Report, compile_launches
 from lagen.targets.model import VERSION, model
+from lagen.targets.server import Stopped, server
 from lagen.targets.target import find
 from lagen.tune.job import Job
 from lagen.tune.outcome import Failed, Outcome, Reason, Timed
@@ -38,6 +36,7 @@ class Model:
     timeout: float = 180.0
     workers: int | None = None
     command: Sequence[str] = COMMAND
+    met: dict[Config, list[tuple[Gathered, Report]]] = field(default_factory=dict, compare=False, repr=False)
 
     def launches(self, config: Config) -> list[Gathered]:
         """Returns the kernels that the job's passes launch with a config."""
@@ -48,9 +47,15 @@ class Model:
         return [g for g in found if g.phase in j.passes]
 
     def compiled(self, config: Config) -> list[tuple[Gathered, Report]]:
-        """Compiles a config."""
-        found = self.launches(config)
-        return list(zip(found, compile_launches([g.launch for g in found], workers=self.workers, timeout=self.timeout), strict=True))
+        """Compiles a config, or remembers how it was compiled."""
+        if config not in self.met:
+            found = self.launches(config)
+            reports = compile_launches([g.launch for g in found], workers=self.workers, timeout=self.timeout)
+            made = list(zip(found, reports, strict=True))
+            if any(r.failure for r in reports):  # which may be the machine's
+                return made
+            self.met[config] = made
+        return self.met[config]
 
     def seconds(self, made: Sequence[tuple[Gathered, Report]]) -> float:
         """Returns the modelled time of what was compiled."""
@@ -70,25 +75,21 @@ class Model:
 
     def confirm(self, config: Config) -> Failed | None:
         """Runs a config in Triton's interpreter and compares it with the oracle; None where all agrees."""
-        request = json.dumps({"job": self.job.to_json(), "config": config.table})
-        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        with tempfile.TemporaryFile("w+", errors="replace") as words:
-            process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=env, text=True, start_new_session=True
-            )
-            try:
-                answer, _ = process.communicate(request + "\n", 4 * self.timeout)
-            except subprocess.TimeoutExpired:
-                return Failed(Reason.HANG, f"more than {4 * self.timeout:.0f} s in the interpreter")
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            words.seek(0)
-            if not answer.strip():
-                return Failed(Reason.CRASH, f"ended with {process.returncode} in the interpreter: {words.read()[-600:].strip()}")
-        held = json.loads(answer.strip().splitlines()[-1])
-        return Failed(Reason(held["reason"]), held["detail"]) if "reason" in held else None
+        # what is run has no device: jobs of other targets ask the same
+        job = replace(self.job, device="interpreter", here=False)
+        return _confirmed(job, config, tuple(self.command), 4 * self.timeout)
+
+
+@functools.lru_cache(maxsize=1024)
+def _confirmed(job: Job, config: Config, command: tuple[str, ...], timeout: float) -> Failed | None:
+    request = json.dumps({"job": job.to_json(), "config": config.table})
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        with server(command, env) as interpreter:
+            held = json.loads(interpreter.ask(request, timeout))
+    except Stopped as reason:
+        return Failed(Reason.HANG if str(reason).startswith("took longer") else Reason.CRASH, f"{reason}, in the interpreter")
+    return Failed(Reason(held["reason"]), held["detail"]) if "reason" in held else None
 
 
 def unfit(made: Sequence[tuple[Gathered, Report]]) -> Failed | None:

@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from lagen.runtime.dispatch import as_tuple
 from lagen.runtime.load import load
 from lagen.runtime.operator import Operator
 from lagen.targets.orphan import die_with_parent
+from lagen.tune.agreement import STEPS, Refused, agree
 from lagen.tune.job import Job
 from lagen.tune.outcome import Reason
 from lagen.verify.cases import Case, Extent, make, regimes
-from lagen.verify.laws import Subject, call, check, judge
+from lagen.verify.laws import Subject, check
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLD = 64 << 20
@@ -39,14 +41,6 @@ COLD = 64 << 20
 
 FLOOR = 0.01
 """The least relative gain that is ever believed."""
-
-
-class Refused(Exception):
-    """Ends a trial with a reason."""
-
-    def __init__(self, reason: Reason, detail: str, code: str = "") -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.code = reason, detail, code
 
 
 # ---- what is built ----------------------------------------------------------------------------------------------------------------
@@ -95,17 +89,17 @@ def cpp_of(operator: Operator) -> CppBackend:
 # ---- what is checked --------------------------------------------------------------------------------------------------------------
 
 
-def checked(operator: Operator, variant: Variant, job: Job, device: str) -> None:
+def checked(operator: Operator, defaults: Operator, variant: Variant, job: Job, device: str) -> None:
     """Compares what the job's passes make with the oracle, at an odd length, and repeats it bit for bit; raises Refused."""
     backend = "cpp" if device == "cpu" else "triton"
     subject = Subject(operator, variant, backend, device)
-    dtype = DTYPES[job.dtype]
-    extent = Extent(2 * max(variant.chunk_default, 64) + 5, batch=1, heads=2, group=1, dims=job.dims)
+    dtype, steps = DTYPES[job.dtype], job.passes == ("step",)
+    extent = Extent(STEPS if steps else 2 * max(variant.chunk_default, 64) + 5, batch=1, heads=2, group=1, dims=job.dims)
     for i, regime in enumerate(r for r in regimes(variant) if r in ("mild", "gates at -20", "resets")):
-        case = make(variant, extent, regime, dtype, carried=i != 1)
-        for result in judge("tuned", subject, case, call(subject, None), gradients=job.passes != ("forward",)):
-            if not result.ok:
-                raise Refused(Reason.WRONG, f"{result.tensor} is off by {result.error:.1e}, limit {result.limit:.1e}, in {result.case}")
+        case = make(variant, extent, regime, dtype, carried=steps or i != 1)
+        agree(subject, lambda: replace(subject, op=defaults), case, job.passes)
+    if steps:  # the timed call is repeated itself
+        return
     for result in check(operator, variant, backend, device, laws=("repeats",)):
         if not result.ok:
             raise Refused(Reason.RACE, f"{result.tensor} differs when the same call is made again")
@@ -240,7 +234,7 @@ def trial(request: dict[str, Any]) -> dict[str, Any]:
         for other in (incumbent, Config()):
             compiled(operators[other], other, job.passes)
     print("compiled", file=sys.stderr, flush=True)
-    checked(operators[config], variant, job, device)
+    checked(operators[config], operators[Config()], variant, job, device)
     case = make(variant, Extent(job.tokens, job.batch, job.heads, 1, job.dims), dtype=DTYPES[job.dtype])
     if job.passes == ("step",):
         steps = {c: decoder(o, case, backend) for c, o in operators.items()}

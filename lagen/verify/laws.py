@@ -98,6 +98,24 @@ def call(subject: Subject, scale: float | None, lengths: tuple[int, ...] = ()) -
     return run
 
 
+def stepped(subject: Subject) -> Run:
+    """Wraps the operator's decode step as a function of whole sequences, which are given a state to begin with."""
+
+    def run(inputs: Tensors, params: Tensors, states: Tensors | None) -> tuple[Tensors, Tensors | None]:
+        assert states is not None
+        held = tuple(s.clone() for s in states)
+        rows: list[Tensors] = []
+        for t in range(inputs[0].shape[1]):
+            state = held[0] if len(held) == 1 else held
+            got = subject.op.step(*(x[:, t] for x in inputs), *params, state=state, scale=None, backend=subject.backend)
+            assert isinstance(got, tuple), f"{subject.variant.name}.step returns (o, state)"
+            rows.append(_tuple(got[0]))
+            held = _tuple(got[1])
+        return tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True)), held
+
+    return run
+
+
 def _recurrence(variant: Variant, scale: float | None, dtype: torch.dtype, final: bool) -> Run:
     """Wraps the oracle likewise."""
     return lambda inputs, params, states: oracle(variant, inputs, params, scale, states, final, dtype)
@@ -297,24 +315,10 @@ def _test_packed(law: str, subject: Subject, thorough: bool) -> Judged:
 def _test_steps(law: str, subject: Subject, thorough: bool) -> Judged:
     if subject.backend == "oracle":  # which has no step of its own
         return
-    variant, time = subject.variant, 9
-
-    def run(inputs: Tensors, params: Tensors, states: Tensors | None) -> tuple[Tensors, Tensors | None]:
-        assert states is not None
-        held = tuple(s.clone() for s in states)
-        rows: list[Tensors] = []
-        for t in range(inputs[0].shape[1]):
-            state = held[0] if len(held) == 1 else held
-            got = subject.op.step(*(x[:, t] for x in inputs), *params, state=state, scale=None, backend=subject.backend)
-            assert isinstance(got, tuple), f"{variant.name}.step returns (o, state)"
-            rows.append(_tuple(got[0]))
-            held = _tuple(got[1])
-        return tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True)), held
-
     for dtype in (torch.float32, torch.bfloat16):
-        case = cases.make(variant, _extent(time, thorough), dtype=dtype, carried=True, seed=3)
+        case = cases.make(subject.variant, _extent(9, thorough), dtype=dtype, carried=True, seed=3)
         with torch.no_grad():
-            yield from judge(law, subject, case, run, gradients=False)
+            yield from judge(law, subject, case, stepped(subject), gradients=False)
 
 
 def _test_future(law: str, subject: Subject, thorough: bool) -> Judged:

@@ -12,9 +12,10 @@ What it is not: it sees what the given data makes the kernels do. Nothing here r
 from __future__ import annotations
 
 import linecache
+import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -240,19 +241,28 @@ def _margined(storage: torch.UntypedStorage) -> tuple[torch.Tensor, int]:
     return buffer, buffer.data_ptr() + start
 
 
+def _poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def made(*args: Any, **options: Any) -> torch.Tensor:
+        x = make(*args, **options)
+        if x.dtype.is_floating_point or x.dtype.is_complex:
+            return x.fill_(math.nan)
+        return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
+
+    return made
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills what torch.empty and its kin make inside the block with NaN (the largest number, where integers)."""
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling: Any = torch.utils.deterministic  # a module whose switch is a property that its stubs do not know
-    filled = filling.fill_uninitialized_memory
-    filling.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    """Fills what torch.empty and its kin make inside the block with NaN (the largest number, where integers).
+
+    Not by torch's own switch, which needs use_deterministic_algorithms: under that an operator takes one form and no tuned config.
+    """
+    made = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
+    with ExitStack() as stack:
+        for where, names in made.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(where, name, _poison(getattr(where, name))))
         yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
-        filling.fill_uninitialized_memory = filled
 
 
 @contextmanager
