@@ -9,7 +9,7 @@ from __future__ import annotations
 import jinja2
 
 from lagen import data
-from lagen.emit.cpp_direction import print_direction
+from lagen.emit.cpp_direction import PrintedDirection, PrintedPass, print_direction
 from lagen.emit.cpp_fit import Fallback
 from lagen.emit.cpp_plan import EVERY, Program, Sweep, plan_backward, plan_forward, split_dim, tile
 from lagen.ir.expr import Expr, number
@@ -25,6 +25,7 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
     directions = [print_direction(recurrence, forward, "forward")]
     if not isinstance(backward, Fallback):
         directions.append(print_direction(recurrence, backward, "backward"))
+    step = print_direction(recurrence, forward, "step") if in_place(forward) else None
     split = split_dim(recurrence, forward)
     return _fill(
         "operator.cpp.j2",
@@ -43,8 +44,20 @@ def render_cpp(recurrence: Recurrence, adjoint: Adjoint, header: str = "") -> st
         every=EVERY if isinstance(backward, Fallback) else backward.every,
         absent=sum(1 << i for i, t in enumerate(recurrence.inputs + recurrence.params) if t.name not in present),
         directions=directions,
-        step=print_direction(recurrence, forward, "step") if in_place(forward) else None,
+        shared=_shared([*directions[:1], *([step] if step else [])], directions[1:]),
+        step=step,
     )
+
+
+def _shared(forward: list[PrintedDirection], backward: list[PrintedDirection]) -> int:
+    """Returns how many passes of the backward are compiled beside forward and step, so that two compilers have as much to do."""
+
+    def lines(p: PrintedPass) -> int:
+        return len(p.before) + len(p.body) + len(p.after)
+
+    here = sum(lines(p) for d in forward for p in d.passes)
+    passes = [lines(p) for d in backward for p in d.passes]
+    return min(range(max(1, len(passes))), key=lambda n: max(here + sum(passes[:n]), sum(passes[n:])))
 
 
 def in_place(forward: Program) -> bool:

@@ -25,7 +25,7 @@ from lagen.ir.variant import OutputLine, StateLine, Tensor, Variant
 from lagen.passes.digest import identity
 from lagen.targets.tuned import Entry
 
-SUPPORT = ("choice", "signature", "packed", "pool", "vmapped", "dispatch", "operator", "chunked", "scans", "cpp")
+SUPPORT = ("choice", "signature", "packed", "pool", "vmapped", "dispatch", "operator", "chunked", "scans", "repeats", "cpp")
 """The files of lagen/runtime that every built package carries, with an underscore in front; in the order they import each other."""
 
 PRINTED = ("cpp", "triton")

@@ -29,19 +29,19 @@ from torch import Tensor
 
 from lagen.runtime.choice import NOTHING, Choice, processor
 from lagen.runtime.pool import by_slots
+from lagen.runtime.repeats import Repeats, StepPlan
 from lagen.runtime.signature import Argument, OperatorSpec, is_dense, measure
 
 Tensors = tuple[Tensor, ...]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BASE = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
+GCC = ("-fno-ipa-cp-clone",)  # templates are specialised as it is: clones make a build a tenth longer and no call shorter
 EXTRAS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-PARTS = (1, 2)  # of a generated file: forward and step, backward
+PARTS = (1, 2)  # of a generated file: forward, step and some of the backward's passes; the others
 INCLUDE = '#include "_sweeps.h"\n'
 SMALL = 1 << 18  # state entries of a step that one thread takes alone
 SLOTS = 7  # among the words of a call
-PLAIN = (Tensor, torch.nn.Parameter)
-NOTED = 256  # steps whose layout is remembered, by shapes
 NO_TENSOR = (0, 0, 0, 0, 0, 1, 0)
 LANES = 16  # slices are whole vectors of the widest machine
 LARGE, PAGE, HUGEPAGE = 1 << 22, 1 << 12, 14  # bytes from which a tensor's memory comes anew, of a page; what madvise calls a huge one
@@ -103,7 +103,7 @@ def build(source: str, name: str, told: tuple[str, ...] = ()) -> Path | Missing:
     for compiler in found:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
         for extra in EXTRAS:
-            flags = (*BASE, *extra, *told)
+            flags = (*BASE, *(() if "clang" in version else GCC), *extra, *told)
             key = hashlib.sha256("\0".join([source, *flags, compiler, version, features()]).encode()).hexdigest()[:24]
             path = cache() / f"{name}_{key}.so"
             if path.is_file():
@@ -183,17 +183,6 @@ def threads(most: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """The words of a decode step for tensors of given shapes, with the places of their addresses."""
-
-    words: array.array[int]
-    places: tuple[int, ...]
-    models: tuple[int | tuple[int, ...], ...]  # of each output: the tensor that it is like, which is the quickest to say, or its shape
-    spans: tuple[int, ...]  # bytes from each tensor's first number to behind its last
-    copied: frozenset[int]  # tensors that the words describe a contiguous copy of
-
-
-@dataclass(frozen=True)
 class Split:
     """Slices of one dim that are computed each by itself: how many, and how wide."""
 
@@ -231,7 +220,8 @@ class CppBackend:
         self.tuned: dict[tuple[str, ...], ctypes.CDLL] = {}
         self.plans: dict[object, StepPlan] = {}
         self.entry: Callable[[int], int] | None = None  # of the step that writes in place
-        self.steps: dict[object, StepPlan] = {}
+        self.repeats = Repeats(spec.name)
+        self.again = self.repeats.again
         self.heads = spec.outputs[0].head
         self.dims = tuple(dict.fromkeys(d for a in spec.inputs + spec.params for d in a.dims if d not in dict(spec.sizes)))
 
@@ -241,9 +231,9 @@ class CppBackend:
             built = build(self.source, self.spec.name)
             self.loaded = built if isinstance(built, Missing) else ctypes.CDLL(str(built))
             if not isinstance(self.loaded, Missing) and hasattr(self.loaded, "lagen_step"):
-                step = self.loaded.lagen_step
-                step.argtypes = [ctypes.c_void_p]
-                self.entry = step
+                step, repeated = self.loaded.lagen_step, self.loaded.lagen_step_again
+                step.argtypes, repeated.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_char_p]
+                self.entry, self.repeats.entry = step, repeated
             if isinstance(self.loaded, Missing):
                 warnings.warn(f"{self.spec.name} runs as torch code on the CPU, many times slower: {self.loaded.reason}", stacklevel=2)
         return None if isinstance(self.loaded, Missing) else self.loaded
@@ -454,59 +444,14 @@ class CppBackend:
         if self.entry(words.buffer_info()[0]):
             raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
 
-    def again(self, tensors: Tensors, states: Tensors, outputs: Tensors | None = None) -> Tensors | None:
-        """Takes a step past the dispatcher; returns None where no such step was noted, or where the dispatcher has something to do.
-
-        That is where a mode, autocast or a transform watches, where a tensor is of another class, wants a gradient, or shares the
-        memory of the state or of the given ``outputs``, which are made where they are not given.
-        """
-        if _is_watched():
-            return None
-        whole, grad = (*tensors, *(outputs or ()), *states), torch.is_grad_enabled()
-        key: list[object] = [threads()]
-        for x in whole:
-            if type(x) not in PLAIN or x.is_neg() or (grad and x.requires_grad):
-                return None
-            key += (x.dtype, x.shape, x.stride(), x.device)
-        plan = self.steps.get(tuple(key))
-        if plan is None:
-            return None
-        words = plan.words[:]
-        written = len(states)
-        if outputs is None:
-            outputs = tuple([tensors[0].new_empty(m) if isinstance(m, tuple) else torch.empty_like(tensors[m]) for m in plan.models])
-        else:
-            outputs, written = tuple(outputs), written + len(outputs)
-        at = [x.data_ptr() for x in (*tensors, *outputs, *states)]
-        for place, address in zip(plan.places, at, strict=True):
-            words[place] = address
-        ends = [a + n for a, n in zip(at, plan.spans, strict=True)]
-        for i in range(len(at) - written, len(at)):
-            for j in range(i):
-                if at[i] < ends[j] and at[j] < ends[i]:
-                    return None
-        assert self.entry is not None
-        if self.entry(words.buffer_info()[0]):
-            raise MemoryError(f"{self.spec.name}: no memory for the scratch of a step")
-        torch.autograd.graph.increment_version(whole[-written:])
-        return outputs
-
     def noted(self, tensors: Tensors, scale: float, states: Tensors, outputs: Tensors | None) -> None:
-        """Lays out the steps that are like one that went."""
-        if _is_watched():
+        """Remembers a step that went, where one like it can be taken past the dispatcher."""
+        if self.entry is None or _is_watched() or not all([x.is_cpu for x in (*tensors, *states, *(outputs or ()))]):
             return
-        whole = (*tensors, *(outputs or ()), *states)
         lanes = zip(self.spec.inputs + self.spec.params, tensors, strict=True)
-        dense = all(is_dense(a, x) for a, x in lanes) and all(s.is_contiguous() for s in states)
-        if self.entry is None or not dense or not all(type(x) in PLAIN and x.is_cpu and not x.is_neg() for x in whole):
-            return
-        key: list[object] = [threads()]
-        for x in whole:
-            key += (x.dtype, x.shape, x.stride(), x.device)
-        if len(self.steps) >= NOTED:
-            self.steps.clear()
-        n = len(self.spec.inputs)
-        self.steps[tuple(key)] = self.plan_step(tensors[:n], tensors[n:], scale, states, outputs)
+        if all(is_dense(a, x) for a, x in lanes) and all(s.is_contiguous() for s in states):
+            n = len(self.spec.inputs)
+            self.repeats.note(self.plan_step(tensors[:n], tensors[n:], scale, states, outputs), tensors, states, outputs)
 
     def whole_step(self, inputs: Tensors, params: Tensors, scale: float, states: Tensors) -> Tensors:
         """Computes one token as a sequence of its own, and copies the states behind it."""

@@ -19,7 +19,7 @@ from filelock import FileLock
 from lagen import data
 from lagen.emit.render import PRINTED, render_package
 from lagen.ir.variant import Variant
-from lagen.runtime import choice, chunked, dispatch, operator, packed, pool, scans, signature, vmapped
+from lagen.runtime import choice, chunked, dispatch, operator, packed, pool, repeats, scans, signature, vmapped
 from lagen.runtime.build import digest_of, generate, write
 from lagen.runtime.operator import Operator
 from lagen.spec.read import read
@@ -89,7 +89,7 @@ def _import(package: str, folder: Path, files: dict[str, str]) -> None:
     with ExitStack() as undo:
         undo.callback(sys.modules.pop, package, None)
         sys.modules[package] = module_from_spec(ModuleSpec(package, None, origin=str(folder), is_package=True))
-        for own in (choice, signature, packed, pool, vmapped, dispatch, operator, chunked, scans):
+        for own in (choice, signature, packed, pool, vmapped, dispatch, operator, chunked, scans, repeats):
             alias = f"{package}._{own.__name__.rpartition('.')[2]}"
             undo.callback(sys.modules.pop, alias, None)
             sys.modules[alias] = own
