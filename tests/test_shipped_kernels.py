@@ -59,3 +59,13 @@ def test_delta_rules_do_not_spill(name: str) -> None:
     found = gather(read(data.spec(name)), Shape(b=4, t=4096, h=16, k=128, v=128, dtype=torch.bfloat16), find("cuda:90"))
     reports = compile_launches([g.launch for g in found], workers=1)
     assert {r.kernel: r.spill_bytes for r in reports if r.spill_bytes or r.failure} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_cut_sequences_compile(target: str) -> None:
+    for v in (64, 128):
+        few = Shape(b=1, t=8192, h=8, k=128, v=v, dtype=torch.bfloat16)  # too few programs for the device, so segments
+        found = [g for g in gather(read(data.spec("linear_attention")), few, find(target), tuned=()) if g.phase != "step"]
+        assert any(g.launch.kernel == "cut_s" for g in found)
+        assert not [r.failure for r in compile_launches([g.launch for g in found], workers=1) if r.failure]

@@ -31,6 +31,12 @@ _CALLS = {
 """Device functions that a device function calls."""
 
 
+def is_sum(k: Kernel) -> bool:
+    """Tells whether a kernel adds to a matrix state that nothing decays."""
+    carry = k.holds[0].carry
+    return bool(carry.x and carry.y) and not carry.factors
+
+
 def render_triton(recurrence: Recurrence, adjoint: Adjoint) -> str:
     """Prints the Triton part of a variant's module; its launchers look configs up in the module's table TUNED."""
     recurrence, adjoint = rename_reserved(recurrence, adjoint)
@@ -90,6 +96,7 @@ class _Module:
                 functions=functions,
                 chunk=self.chunk,
                 scans=any(k.kind == "scan" for k in self.plan.forward),
+                sums=any(is_sum(k) for k in self.plan.borders),
                 saves=len(self.plan.saved),
                 segments=_printed(segments),
                 tiles=_printed(tiles),
@@ -206,6 +213,8 @@ class _Module:
             return [call, *fix, *([f"{s.buffer.name} = {s.buffer.name}[:, 0]" for s in k.stores] if step else [])]
         lines, args, grid = self.call(k, p, step)
         warps, stages = (f"warps_{k.name}", f"stages_{k.name}") if k.runs or k.kind == "step" else ("8", "1")
+        if k in self.plan.borders and is_sum(k):
+            stages = f"_stages_of_a_sum({stages})"
         if k.late:
             warps, stages = "warps_step" if k.tile else "4", "1"  # tiles as the step's, or a few vectors
         warps = "4" if k.kind == "chunks" and not k.tile else warps  # one tile of pair weights
