@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 
 from lagen import data
-from lagen.ir.tunable import CHUNK, Config
+from lagen.ir.tunable import CHUNK, Config, Tunables
+from lagen.ir.variant import Variant
 from lagen.passes.canonicalise import canonicalise
 from lagen.passes.digest import digest
 from lagen.spec.read import read as read_spec
 from lagen.targets.tuned import Entry, file_of, files, head, read
-from lagen.tune.job import job
+from lagen.tune.job import Job, job
 from lagen.tune.run import space_digest
 from lagen.tune.space import searches, space_of
 
@@ -25,7 +28,7 @@ def audit(folder: Path) -> tuple[int, list[str]]:
             complaints += [str(m) for m in found.misses]
             count += len(found.entries)
             continue
-        variant = read_spec(data.spec(name))
+        variant = _variant(name)
         found = read(path, digest(canonicalise(variant)))
         complaints += [str(m) for m in found.misses]
         count += len(found.entries)
@@ -40,17 +43,35 @@ def audit(folder: Path) -> tuple[int, list[str]]:
 
 def _complaint(e: Entry, name: str) -> str:
     """Returns what is wrong with an entry, "" where nothing is."""
-    variant = read_spec(data.spec(name))
-    passes = next((s for s in searches(variant, e.device) if e.of in s), ())
+    variant = _variant(name)
+    passes = next((s for s in _searches(name, e.device) if e.of in s), ())
     if not passes:
         return "nothing may be chosen there"
     entry_job = job(variant, e.device, e.how == "measured", passes, e.dtype, {"K": 64, **dict(e.dims)}, 1, e.tokens, e.heads)
     if entry_job.dims != e.dims:
         return f"its sizes are not those that the variant has, {', '.join(d for d, _ in entry_job.dims)}"
-    space = space_of(entry_job)
+    space = _space(replace(entry_job, batch=1, tokens=1, heads=1))
     values = {n if n == CHUNK else f"{e.of} {n}": v for n, v in e.config.values}
     why = space.complaint(Config.of(values))
     if why:
         return why
     recorded = dict(e.notes).get("space", "")
     return "" if recorded in ("", space_digest(space)) else "was chosen from another space; tune it again"
+
+
+# what many entries share: printing a spec's kernels takes longer than reading a file
+
+
+@functools.cache
+def _variant(name: str) -> Variant:
+    return read_spec(data.spec(name))
+
+
+@functools.cache
+def _searches(name: str, device: str) -> tuple[tuple[str, ...], ...]:
+    return searches(_variant(name), device)
+
+
+@functools.cache
+def _space(of: Job) -> Tunables:
+    return space_of(of)
