@@ -272,6 +272,18 @@ def test_a_step_like_one_before_goes_past_the_dispatcher(name: str) -> None:
         assert again(given, fast) is not None
 
 
+def test_steps_of_many_batch_sizes_are_remembered() -> None:
+    op, variant = loaded("simple_gla")
+    again = op.backends["cpp"].again
+    assert again is not None
+    given = []
+    for batch in range(1, 21):
+        case = make(variant, Extent(1, batch=batch, dims=(("K", 16), ("V", 16))), carried=True)
+        given.append((tuple(x[:, 0] for x in case.inputs), tuple(s.clone() for s in case.initial_states or ())))
+        op.step(*given[-1][0], *given[-1][1])
+    assert all(again(*one) is not None for one in given)
+
+
 def test_a_step_that_is_not_plain_goes_through_the_dispatcher() -> None:
     op, variant = loaded("simple_gla")
     case = make(variant, Extent(2, dims=(("K", 16), ("V", 16))), carried=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
-NOTED = 8  # steps whose layout is remembered: a decoder has few
+ALIKE, NOTED = 8, 256  # how many steps are remembered of one shape of the first tensor, and of how many shapes
 PLAIN = (Tensor, torch.nn.Parameter)
 SHARED = 2  # what a repeated step answers where what it writes shares memory with what it reads
 
@@ -57,7 +57,7 @@ class Repeats:
     def __init__(self, name: str) -> None:
         self.name = name
         self.entry: Callable[[int, bytes], int] | None = None
-        self.noted: list[Noted] = []
+        self.noted: dict[torch.Size | None, list[Noted]] = {}  # by the first tensor's shape, for batches come in many sizes
 
     def again(self, tensors: Tensors, states: Tensors, outputs: Tensors | None = None) -> Tensors | None:
         """Takes a step; returns None where none like it was noted, or where the dispatcher has something to do.
@@ -69,7 +69,7 @@ class Repeats:
             return None
         written = states if outputs is None else (*outputs, *states)
         whole = (*tensors, *written)
-        for n in self.noted:
+        for n in self.noted.get(getattr(tensors[0], "shape", None), ()):
             if n.count == len(whole) and n.same(*whole) and n.threads == torch.get_num_threads():
                 break
         else:
@@ -92,10 +92,13 @@ class Repeats:
         same = guard((*tensors, *written))
         if same is None or any(x.requires_grad for x in (*tensors, *written)):
             return
-        del self.noted[NOTED - 1 :]
+        if len(self.noted) >= NOTED:
+            self.noted.clear()
+        alike = self.noted.setdefault(tensors[0].shape, [])
+        del alike[ALIKE - 1 :]
         flat, pack = plan.flat(len(written)), struct.Struct(f"{len(plan.places)}q").pack
         count = len(tensors) + len(written)
-        self.noted.insert(0, Noted(count, same, torch.get_num_threads(), plan.models, flat, flat.buffer_info()[0], pack))
+        alike.insert(0, Noted(count, same, torch.get_num_threads(), plan.models, flat, flat.buffer_info()[0], pack))
 
 
 def guard(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
