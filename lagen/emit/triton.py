@@ -19,7 +19,7 @@ from lagen.ir.plan import Buffer, Kernel, Plan
 from lagen.ir.recurrence import Adjoint, Recurrence, State
 from lagen.ir.variant import Tensor
 from lagen.passes.plan import plan as make_plan
-from lagen.passes.schedule import default_chunk, held_whole, is_narrow, place, tiles, widest
+from lagen.passes.schedule import default_chunk, held_whole, is_narrow, is_sum, place, tiles, widest
 
 _CALLS = {
     "lg_reach": ("lg_decay",),
@@ -29,12 +29,6 @@ _CALLS = {
     "lg_softplus": ("lg_log1p",),
 }
 """Device functions that a device function calls."""
-
-
-def is_sum(k: Kernel) -> bool:
-    """Tells whether a kernel adds to a matrix state that nothing decays."""
-    carry = k.holds[0].carry
-    return bool(carry.x and carry.y) and not carry.factors
 
 
 def render_triton(recurrence: Recurrence, adjoint: Adjoint) -> str:

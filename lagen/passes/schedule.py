@@ -57,6 +57,12 @@ def is_narrow(k: Kernel) -> bool:
     return k.parallel and any(n.op == "mix" and len(n.args) == 3 and n.dims for n in walk(*k.values))
 
 
+def is_sum(k: Kernel) -> bool:
+    """Tells whether a kernel adds to a matrix state that nothing decays: where its loop also stores that state, sm_100 wants one stage."""
+    carry = k.holds[0].carry
+    return bool(carry.x and carry.y) and not carry.factors
+
+
 def tiles(target: str, chunk: int, itemsize: int, longest: int) -> tuple[int, int, int, int]:
     """Returns chunk, tile on the grid, warps and stages where nothing was chosen; ``longest`` is the longest dim held whole."""
     # what compiles without spills at 128 x 128 in bf16 (chunks of 64 fill a wgmma)
