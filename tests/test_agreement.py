@@ -94,7 +94,7 @@ def test_a_config_is_not_refused_for_what_the_defaults_do_as_well(monkeypatch: p
         agree(subjects["tuned"], lambda: subjects["defaults"], case, TRAINING)
 
     ask()
-    for worse in ({"tuned": 1.3}, {"tuned": 0.6, "defaults": 0.4}, {"tuned": 4.1, "defaults": 4.1}, {"tuned": float("nan")}):
+    for worse in ({"tuned": 1.3}, {"tuned": 0.6, "defaults": 0.4}, {"tuned": 1.6, "defaults": 1.6}, {"tuned": float("nan")}):
         errors |= {"tuned": 1.2, "defaults": 1.0} | worse
         with pytest.raises(Refused, match="dq is off"):
             ask()
@@ -114,6 +114,15 @@ def test_a_model_confirms_by_its_interpreter_and_asks_once(tmp_path: Path) -> No
     assert all(f is not None and f.reason == Reason.WRONG and f.detail == "asked 1" for f in found)
     again = one.confirm(Config.of({"chunk": 32}))
     assert again is not None and again.detail == "asked 2"  # by the same process
+
+
+def test_a_crash_of_the_interpreter_is_told_and_asked_again(tmp_path: Path) -> None:
+    script, count = tmp_path / "crashes.py", tmp_path / "count"
+    script.write_text(f"print('ready', flush=True)\ninput()\nopen({str(count)!r}, 'a').write('x')\n")
+    model = Model(small(TRAINING), command=(sys.executable, str(script)))
+    for asked in ("x", "xx"):
+        found = model.confirm(Config.of({"chunk": 16}))
+        assert found is not None and found.reason == Reason.CRASH and count.read_text() == asked
 
 
 # ---- servers ----------------------------------------------------------------------------------------------------------------------

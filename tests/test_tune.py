@@ -25,7 +25,7 @@ from lagen.runtime.choice import processor
 from lagen.spec.read import read
 from lagen.tune.job import Job, job
 from lagen.tune.measure import Measure
-from lagen.tune.modelled import unfit
+from lagen.tune.modelled import Model, unfit
 from lagen.tune.outcome import Failed, Outcome, Reason, Timed
 from lagen.tune.report import draw
 from lagen.tune.run import _choose, run, study_of
@@ -112,6 +112,18 @@ def test_a_default_whose_trial_was_lost_is_judged_before_anything_replaces_it() 
     assert _choose(judge, SPACE, state)[0] == Config() and judge.asked[0] == (2, 1)
     unfit_default = Told(slower | {(2, 1): Failed(Reason.SPILLS, "k 8 bytes", 8.0)})
     assert _choose(unfit_default, SPACE, state)[0] == Config.of({"forward a": 4})
+
+
+def test_where_all_spill_the_least_is_chosen_of_those_whose_numbers_are_right() -> None:
+    class Doubting(Model):
+        def confirm(self, config: Config) -> Failed | None:
+            return Failed(Reason.WRONG) if config.table["forward a"] == 8 else None
+
+    spills = {(a, b): Failed(Reason.SPILLS, "k", 100.0 / a + b) for a in (1, 2, 4, 8) for b in (1, 2, 3)}
+    state = searched(Told(dict(spills)))
+    assert state.best is None
+    chosen, proof = _choose(Doubting(quick_job()), SPACE, state)
+    assert chosen == Config.of({"forward a": 4}) and proof == spills[4, 1]
 
 
 def test_code_that_spills_or_does_not_fit_is_refused_before_it_is_timed() -> None:

@@ -6,7 +6,6 @@ chosen is first run in Triton's interpreter, watched, and compared with the orac
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -77,11 +76,20 @@ class Model:
         """Runs a config in Triton's interpreter and compares it with the oracle; None where all agrees."""
         # what is run has no device: jobs of other targets ask the same
         job = replace(self.job, device="interpreter", here=False)
-        return _confirmed(job, config, tuple(self.command), 4 * self.timeout)
+        asked = (job, config, tuple(self.command))
+        if asked not in _CONFIRMED:
+            failed = _interpreted(job, config, self.command, 4 * self.timeout)
+            if failed is not None and failed.reason in (Reason.HANG, Reason.CRASH):  # which may be the machine's
+                return failed
+            _CONFIRMED[asked] = failed
+        return _CONFIRMED[asked]
 
 
-@functools.lru_cache(maxsize=1024)
-def _confirmed(job: Job, config: Config, command: tuple[str, ...], timeout: float) -> Failed | None:
+_CONFIRMED: dict[tuple[Job, Config, tuple[str, ...]], Failed | None] = {}
+"""What the interpreter said of configs in this process."""
+
+
+def _interpreted(job: Job, config: Config, command: Sequence[str], timeout: float) -> Failed | None:
     request = json.dumps({"job": job.to_json(), "config": config.table})
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:

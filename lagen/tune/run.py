@@ -76,7 +76,7 @@ def _choose(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcom
     """Returns the winner and its proof: the best config that is proved, the defaults where that is none."""
     best = state.best
     if best is None:
-        return _least_spilt(space, state)
+        return _least_spilt(judge, space, state)
     proof: Outcome | None = best.outcome
     default = next((d.outcome for d in state.done if d.config == space.default), None)  # its trial may be lost, and wait behind others
     usable = isinstance(default or judge.judge(space.default, space.default, ()), Timed)
@@ -94,13 +94,13 @@ def _choose(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcom
     return Config(), proof if usable else None
 
 
-def _least_spilt(space: Tunables, state: State) -> tuple[Config, Outcome | None]:
-    """Returns the config that spills least, where all do."""
+def _least_spilt(judge: Judge, space: Tunables, state: State) -> tuple[Config, Outcome | None]:
+    """Returns the config that spills least, where all do, of those whose numbers are right; the defaults answer for themselves."""
     spilt = [(d.outcome.excess, d) for d in state.done if isinstance(d.outcome, Failed) and d.outcome.reason == Reason.SPILLS]
-    if not spilt:
-        return Config(), None
-    least = min(spilt, key=lambda x: x[0])[1]
-    return different(space, least.config), least.outcome
+    for _, d in sorted(spilt, key=lambda x: x[0]):
+        if d.config == space.default or not isinstance(judge, Model) or judge.confirm(d.config) is None:
+            return different(space, d.config), d.outcome
+    return Config(), None
 
 
 def judge_of(job: Job, timeout: float, rounds: int) -> Judge:
