@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, combinations
 
@@ -102,7 +102,28 @@ def test_beside_a_sweep_that_solves_no_tile_is_swept_both_ways(name: str) -> Non
 def test_pair_sums_that_are_taken_off_together_are_loaded_as_one() -> None:
     (met,) = [k for k in plan_of("rwkv7").backward if k.parallel]
     loaded = {n.name for n in walk(*met.values) if n.op == "stored" and n.name.startswith("pairs")}
-    assert len(loaded) == 5  # of reads and led reads, of both writes, and of the removal key's own read, which is taken off
+    assert len(loaded) == 4  # of reads, of both writes, and of the removal key's own read, which is taken off
+
+
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "metala", "rwkv6", "kda", "gdn2", "dplr", "rwkv7", "gated_oja"])
+def test_what_cancels_in_a_decays_gradient_cancels_before_it_is_stored(name: str) -> None:
+    backward = plan_of(name).backward
+    (gradient,) = {n for n in nodes(backward) if n.op == "suffix"}
+    assert all(not n.name.startswith("pairs") for n in walk(*gradient.args) if n.op == "stored")
+    tails = [s.value for k in backward if k.kind == "chunks" for s in k.stores if s.value.op == "tail"]
+    assert tails and all(x.op in ("tail", "between", "twins", "add", "neg", "mul") or not x.token for t in tails for x in outer(t))
+
+
+def outer(e: Expr) -> Iterator[Expr]:
+    """Yields what a value is made of, without what twins are."""
+    yield e
+    for a in e.args if e.op != "twins" else ():
+        yield from outer(a)
+
+
+def test_a_pair_sum_takes_in_what_a_token_gives_itself() -> None:
+    sweeps = [k for k in plan_of("gla").backward if k.runs]
+    assert len(sweeps) == 3 and not [n for n in nodes(tuple(sweeps)) if n.op == "contract"]
 
 
 def test_both_directions_share_their_pair_weights_where_one_kernel_reads_them() -> None:

@@ -19,8 +19,9 @@ from lagen.runtime.operator import Operator
 from lagen.spec import read, read_text
 from lagen.verify import cases, laws
 from lagen.verify.cases import Case, Extent
+from lagen.verify.compare import limit
 from lagen.verify.laws import LawResult, Subject
-from lagen.verify.sanitize import poisoned
+from lagen.verify.sanitize import poisoned, sanitize
 
 PATHS = {path.stem: path for path in data.specs()}
 GATED = ("gla", "simple_gla", "rwkv6", "mamba2")
@@ -123,6 +124,18 @@ def test_half_precision_is_no_worse_than_the_recurrence(name: str) -> None:
     variant = read(PATHS[name])
     case = cases.make(variant, Extent(variant.chunk_default + 3, batch=1, heads=1, dims=SMALL), dtype=torch.bfloat16, carried=True)
     assert broken(judged(lagen.load(variant), variant, case)) == []
+
+
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "rwkv6", "kda"])
+def test_half_precision_gives_decays_gradients_as_exact_as_others(name: str) -> None:
+    variant = read(PATHS[name])
+    op = lagen.load(variant)
+    dims = (("K", 64), ("V", 32))
+    case = cases.make(variant, Extent(2 * variant.chunk_default + 5, batch=1, heads=1, dims=dims), "gates at -20", torch.bfloat16)
+    subject = Subject(op, variant, "triton")
+    with sanitize() as findings:
+        results = list(laws.judge("interpreted", subject, case, laws.call(subject, None)))
+    assert findings == [] and [r for r in results if r.error > limit(torch.bfloat16)] == []
 
 
 def test_views_in_any_order_and_repeats_give_the_same() -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lagen.emit.statements import Statements, Tile
-from lagen.ir.chunk import COL, ROW, is_leveled
-from lagen.ir.expr import Expr, walk
+from lagen.ir.chunk import COL, ROW, SIDES, is_leveled
+from lagen.ir.expr import ONE, Expr, walk
 
 NEAR = "o_c[:, None] == o_c[None, :]"
 
@@ -38,7 +38,8 @@ class _Loop:
         gate, nodes = values[0].args[-1], dict.fromkeys(walk(*roots))
         self.out, self.values, self.axes = out, values, (ROW, *gate.dims)
         self.diagonals = [n for n in nodes if n.op == "diag" and n.args[0].op == "gram"]
-        self.sides = [n for n in nodes if n.op in ("readers", "writers") and set(values).issuperset(n.args)]
+        self.sides = [n for n in nodes if n.op in SIDES and set(values).issuperset(n.args)]
+        self.signed = {a for n in self.sides if n.op == "between" for a in n.args}  # twins whose writers' rows of the table are negative
         self.gate = out.gate(gate)
         self.exponents: dict[str, str] = {}  # by whether reads are of the state before their own token's decay
         self.body: list[str] = []
@@ -69,14 +70,21 @@ class _Loop:
         self.body.append(f"{self.half} = o_c >> level")
         self.score(scores, vectors)
         for n, operands in sums.items():
-            dot = self.sum(n, *operands)
+            e, right, dot = self.sum(n, *operands)
             if n.op == "mix":
-                self.body.append(f"{totals[n]} += {dot}")
+                self.body.append(f"{totals[n]} += {e} * {dot}")
                 continue
-            both = self.once("b_z", dot)
-            for side in (x for x in sides if n in x.args):
-                kept = f"{both}, 0.0" if side.op == "readers" else f"0.0, {both}"
-                self.body.append(f"{totals[side]} += tl.where({self.upper}[:, None], {kept})")
+            mine = [x for x in sides if n in x.args]
+            met = self.once("b_d", dot) if n in self.signed else dot
+            for side in mine:
+                if side.op == "between":  # the vectors as the matmul has them: both sides of a pair make the same product
+                    self.body.append(f"{totals[side]} += {met} * {right}")
+                    continue
+                both = self.once("b_z", f"{e} * {met}")
+                sign = "-" if side.op == "writers" and n in self.signed else "+"
+                rows = self.once("w_r", f"tl.where({self.upper}, 1.0, 0.0)") if side.op == "readers" else ""
+                rows = rows or self.once("w_w", f"tl.where({self.upper}, 0.0, 1.0)")
+                self.body.append(f"{totals[side]} {sign}= {both} * {rows}[:, None]")  # one instruction, a choice would be two
         out.lines += ["for level in range(LEVELS):", *(f"    {line}" for line in self.body)]
         for n, total in totals.items():
             if n.op == "mix" and n.attr("inclusive") == "1":
@@ -104,9 +112,11 @@ class _Loop:
         if n.op == "mix":
             table = out.let("b_P", f"{out.spread(out.weights(n), (ROW, COL))}.to(DT)", (ROW, COL))
             return table.text, self.vector(n.args[2]), ""
-        a, b, r, w, _ = n.args
+        a, b, r, w, number, _ = n.args
         earlier, later = (out.tile(Expr("gram", x, dims=(COL,), token=True)).text for x in ((a, b), (b, a)))
-        text = f"tl.where(o_c[:, None] > o_c[None, :], {earlier}, {later}).to(DT)"
+        sign = "-" if n in self.signed else ""
+        text = f"tl.where(o_c[:, None] > o_c[None, :], {earlier}, {sign}{later})"
+        text = f"{text}.to(DT)" if number == ONE else f"({out.tile(number).text} * {text}).to(DT)"
         return out.let("b_P", text, (ROW, COL)).text, self.vector(w), self.vector(r)
 
     def once(self, stem: str, text: str) -> str:
@@ -142,10 +152,10 @@ class _Loop:
             dot = f"tl.dot({left}, tl.trans({right}), {name}, input_precision=PRECISION)"
             self.body.append(f"{name} = tl.where({on_level}, {dot}, {name})")
 
-    def sum(self, n: Expr, table: str, far: str, led: str) -> str:
-        """Returns what a level adds to a pair sum; rows in the upper half of each block are readers, those in the lower one writers."""
+    def sum(self, n: Expr, table: str, far: str, led: str) -> tuple[str, str, str]:
+        """Returns the decay of a level's sums, the vectors that it sums, and the sums; rows in a block's upper half are readers."""
         e = self.exponents[n.attr("prev")]
         vectors = f"tl.where({self.upper}[:, None], {led}, {far})" if led else far
         right = self.once("b_y", f"({vectors} * {e}).to(DT)")
         level = self.once("b_l", f"{self.apart}.to(DT)")  # a product takes fewer registers than a choice
-        return f"{e} * tl.dot({table} * {level}, {right}, input_precision=PRECISION)"
+        return e, right, f"tl.dot({table} * {level}, {right}, input_precision=PRECISION)"

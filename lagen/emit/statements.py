@@ -32,6 +32,8 @@ def zero_preserving(n: Expr) -> bool:
     """Tells whether a value is surely 0 on padding rows and lanes, given that loads are."""
     if n.op in ("input", "stored", "above", "lead", "follows", "diag"):
         return n.token
+    if n.op == "tail":  # what it adds up is guarded
+        return True
     if n.op == "const":
         return n.value == 0.0
     if n.op == "mul":
@@ -509,6 +511,11 @@ class Statements:
         text = f"tl.dot({left}, {self.operand(far)}{onto_it}, input_precision=PRECISION)"
         tile = self.let("b_o", text, self.axes(mix))
         return tile if base is None or onto_it else self.let("b_o", f"{tile.text} + {self.spread(base, axes)}", axes)
+
+    def make_tail(self, n: Expr) -> Tile:
+        """Prints sums over a chunk's tokens from each one on."""
+        axes = self.axes(n)
+        return self.let("b_tail", f"tl.cumsum({self.spread(self.guarded(n.args[0]), axes)}, axis=0, reverse=True)", axes)
 
     def make_inter(self, n: Expr) -> Tile:
         """Prints what the carry holds for every token of the chunk."""

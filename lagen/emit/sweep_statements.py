@@ -47,9 +47,12 @@ class SweepStatements(Statements):
     def make_suffix(self, n: Expr) -> Tile:
         """Prints a log-decay's gradient: what readers give, what the chunk's writers gave those after it, what spans the chunk."""
         far, axes = self.meetings[n], (ROW, *n.dims)
-        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.guarded(n.args[2])
-        device = "lg_suffix_rows" if n.dims else "lg_suffix"
-        self.prelude.add(device)
-        sides = ", ".join([*(self.spread(x, axes) for x in (reads, carried, rest)), self.spread(Tile(far, n.dims), axes)])
-        flags = "BT, DT, PRECISION" if n.dims else f"BT, {'DT == tl.float32' if n.attr('reads') == 'spans' else 'False'}"
-        return self.let("b_dg", f"{device}({sides}, {flags})", axes)
+        met = self.spread(Tile(far, n.dims), axes)
+        carried = self.guarded(n.args[1])
+        reads = self.wide(n.args[0])
+        if n.dims:
+            self.prelude.add("lg_suffix_rows")
+            return self.let("b_dg", f"lg_suffix_rows({reads.text}, {carried.text}, {met}, BT, DT, PRECISION)", axes)
+        self.prelude.add("lg_suffix")
+        paired = "DT == tl.float32" if n.attr("reads") == "spans" else "False"
+        return self.let("b_dg", f"lg_suffix({reads.text}, {carried.text}, {self.wide(n.args[2]).text}, {met}, BT, {paired})", axes)

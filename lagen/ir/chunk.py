@@ -13,9 +13,10 @@ ir/expr.py there are:
     flip(A)                  pair scores with rows and columns exchanged                                          [C, C]
     diag(A)                  what each token scores with itself                                                   [C]
     mix(W, P, f) (W * P) f over D; with a gate on Y each term carries exp(b_i - b_j) (dyadic anchors)             [C, Y]
-    twins(a, b, r, w, g)     the table a b^T of readers and earlier writers: readers(..) is what readers sum of w,
+    twins(a, b, r, w, n, g)  the table n a b^T of readers and earlier writers: readers(..) is what readers sum of w,
                              writers(..) what writers sum of r, both under exp(b_i - b_j), in the same matmuls;
                              of several twins what they sum together                                              [C, Y]
+    between(t, ..)           r * readers(t) - w * writers(t) of twins, each pair rounded alike: the chunk's sum is 0 [C, Y]
     lag(x)                   x of the token before; 0 for a chunk's first token                                   [C, Y]
     inter(r, S)              r S over X                                                                          [C, Y]
     peak(a, b, m)            max(m + a, b) token after token, from the carry m                                    [C, ..]
@@ -24,13 +25,14 @@ ir/expr.py there are:
     pack(A, T)               A on the diagonal and below it, a unit lower T transposed above                      [C, C]
     above(A)                 the unit lower table that was packed above the diagonal of A                         [C, C]
     compose(P, Q)            P Q over the tokens                                                                 [C, C]
+    tail(x)                  the sum of x over the chunk's tokens from each one on                                [C, ..]
     spans(x)                 sum over the chunk's pairs (reader i, earlier writer) in x with i >= t > writer     [C, ..]
     suffix(x, y)             as in ir/recurrence.py; a forward sweep made x: as it is (reads=rows), or spans(x)  [C, ..]
 
 What spans and suffix take is split by passes/spans: spans(x, c, w, P, m, ...) into all of it, what the carry gives every reader, and for
 each pair sum its weights, pairs, and what reader and writer make when they meet; suffix(x, c, r) into what the carry gives every writer,
-and all of it (of a vector: the rest). Pairs around the whole chunk are the inner product of the state as it begins, which a
-forward sweep kept (``mark``), with the reverse state at its end.
+and all of it; of a vector: suffix(x, c), x what the pairs with readers in the chunk give. Pairs around the whole chunk are the inner
+product of the state as it begins, which a forward sweep kept (``mark``), with the reverse state at its end.
 
 Every exponent is <= 0. What it is not: no memory and no kernels. Who makes it: passes/chunk. Who reads it: passes/plan, emit/.
 """
@@ -47,9 +49,12 @@ from lagen.ir.expr import Expr, show, walk
 ROW, COL = "@", "#"
 """The axes of a chunk's tokens, as rows and as columns; no dim of a spec can have these names."""
 
+SIDES = ("readers", "writers", "between")
+"""What is taken of twins."""
+
 TILE_OPS = (
-    *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans", "diag"),
-    *("weigh", "inverse", "compose", "twins", "readers", "writers", "lag", "pack", "above"),
+    *("carry", "start", "end", "whole", "pairs", "gram", "flip", "mix", "inter", "col", "peak", "spans", "tail", "diag"),
+    *("weigh", "inverse", "compose", "twins", *SIDES, "lag", "pack", "above"),
 )
 
 

@@ -38,11 +38,11 @@ from lagen.passes.operands import (
 )
 from lagen.passes.order import beside, in_circles, in_order
 from lagen.passes.packing import pack
-from lagen.passes.pair_sums import gather, join, lag
+from lagen.passes.pair_sums import gather, join, lag, take_own
 from lagen.passes.peak_sweeps import peak_sweeps
 from lagen.passes.scans import plan_scans, scan_axes
 from lagen.passes.simplify import factor, simplify
-from lagen.passes.spans import split_spans
+from lagen.passes.spans import split_spans, tails
 from lagen.passes.stages import Stage, stages
 from lagen.passes.turn import turn
 from lagen.passes.whole_decay import load, load_tables, others, stored, take_inverses, take_out, take_tables
@@ -170,12 +170,12 @@ def _stages(
         label = name if i == 0 else f"{name}_{i}"
         one = _Pass(label, stage.states, head, "t" if i == 0 else f"t{i}_")
         one.settle(list(stage.targets))
-        sweeps = tuple(load(k, decayed) for k in lag(gather(one.kernels(ends, given, sunk))))
+        sweeps = tuple(load(k, decayed) for k in lag(gather(take_own(tails(one.kernels(ends, given, sunk))))))
         inverses = take_inverses(sweeps, head, taken)
         sweeps = tuple(load(k, {s.value: s.buffer for s in inverses}) for k in sweeps)
         tables = take_tables(sweeps, head, taken)
         sweeps = tuple(load_tables(k, tables) for k in sweeps)
-        chunked = take_out(label, sweeps, head, taken, frozenset(one.solved), [*inverses, *tables])
+        chunked, sweeps = take_out(label, sweeps, head, taken, frozenset(one.solved), [*inverses, *tables])
         decayed = decayed | stored(chunked)
         out.append(_Launched(tuple(load(k, others(decayed, k)) for k in chunked), tuple(load(k, decayed) for k in sweeps)))
         given = (*given, *(s for s in stage.states if not s.causal))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from lagen.ir.chunk import is_leveled
 from lagen.ir.expr import walk
 from lagen.ir.plan import Kernel, Plan
+from lagen.ir.recurrence import closings
 from lagen.ir.tunable import CHUNK, AtMost, Tunable, Tunables
 
 _VALUES = 24
@@ -40,9 +41,10 @@ def widest_tile(k: Kernel) -> int:
     values = len({n for n in walk(*k.values) if n.dims and n.token})
     if k.kind == "sweep" and not matrices and values > _VALUES:  # vector states alone: all that a token computes is alive at once
         return 32 if values <= 2 * _VALUES else 16
+    met = sum(len(closings(n)) for n in set(walk(*k.values)) if n.op == "suffix" and n.dims)  # states, as the chunk begins
     pairs = sum(n.op == "mix" and bool(n.dims) for n in set(walk(*k.values)))
     tables = pairs if any(n.op == "gram" for n in walk(*k.values)) else 0  # pair scores computed here stay in registers, C x C each
-    return 64 if matrices <= 1 and len(operands) <= _OPERANDS and tables <= 1 else 32
+    return 64 if matrices <= 1 and len(operands) + met <= _OPERANDS and tables <= 1 else 32
 
 
 def default_chunk(kernels: Sequence[Kernel], chunk: int) -> int:

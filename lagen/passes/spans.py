@@ -4,14 +4,23 @@ The gradient at token t is the sum over all pairs (reader i, writer j) that t li
 chunk, each side is summed alone; of those with neither, the states at the chunk's two ends give the sum. Of those with both, readers'
 and writers' sums are subtracted, which leaves a rounding of float32: both round the same pair weights. Where float32 is all there is,
 pairs are taken one by one instead, unless the tokens' vectors decay by themselves.
+
+Under a decay of the tokens' vectors the launch that makes the pair sums has both sides in its registers (passes/whole_decay). ``tails`` has
+it subtract them there and add up what is left to the chunk's end: rounded before, as they cross memory, the two sides would not cancel, and
+every token before would have the difference. So it is with what a forward sweep gives the readers: it is added up before it is stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL
-from lagen.ir.expr import Expr
+from lagen.ir.expr import Expr, walk
+from lagen.ir.plan import Kernel, Store
 from lagen.passes.chunk import strip
+from lagen.passes.pair_sums import by_table, is_pair_sum
 
 
 def split_spans(root: Expr) -> Expr:
@@ -30,6 +39,45 @@ def split_spans(root: Expr) -> Expr:
         return Expr(n.op, args, dims=n.dims, head=n.head, token=True, attrs=n.attrs)
 
     return E.rewrite(root, rule)
+
+
+def tails(sweeps: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """Rewrites the suffix sums of vectors: what readers give, by its tail, and the pairs inside the chunk, by theirs, stand apart."""
+    made = {s.buffer.leaf: s.value for k in sweeps for s in k.stores}
+    kept: dict[Expr, Expr] = {}  # what an earlier sweep stores of what it gives the readers
+
+    def rule(n: Expr) -> Expr | None:
+        if n.op != "suffix" or not n.dims:
+            return None
+        reads, writes, inside = n.args
+        given = made.get(reads, reads)
+        sums = [*pair_sums(given, E.ONE), *pair_sums(E.neg(inside), E.ONE)]
+        if not E.reads(given, "mix") or _without(inside, "mix") != E.ZERO or not _outside([mix for _, mix in sums]):
+            return replace(n, args=(tail(E.sub(reads, inside)), writes), _hash=0)
+        found = [tail(_without(given, "mix")), *(tail(E.add(*(E.mul(left, mix) for left, mix in table))) for table in by_table(sums))]
+        if reads not in made:
+            return replace(n, args=(E.add(*found), writes), _hash=0)
+        # what reads nothing that this pass's sweeps store goes along with what an earlier one stores
+        early = [t for t in found if made.keys().isdisjoint(walk(t)) or t is found[0]]
+        kept[reads] = E.add(*early)
+        return replace(n, args=(E.add(reads, *(t for t in found if t not in early)), writes), _hash=0)
+
+    out = [k.map(lambda e: E.rewrite(e, rule)) for k in sweeps]
+
+    def store(s: Store) -> Store:
+        return Store(replace(s.buffer, dtype="input"), kept[s.buffer.leaf]) if s.buffer.leaf in kept else s
+
+    return tuple(replace(k, stores=tuple(map(store, k.stores))) for k in out)
+
+
+def _outside(sums: list[Expr]) -> bool:
+    """Tells whether pair sums are of one vector decay, and of nothing that a sweep carries."""
+    return bool(sums) and is_pair_sum(E.add(*sums)) and not any(x.op == "carry" for x in walk(*sums))
+
+
+def tail(x: Expr) -> Expr:
+    """Makes the sum of ``x`` over a chunk's tokens from each one on."""
+    return Expr("tail", (x,), dims=x.dims, token=True)
 
 
 def pair_sums(e: Expr, left: Expr) -> list[tuple[Expr, Expr]]:

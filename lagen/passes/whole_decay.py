@@ -1,17 +1,20 @@
 """Takes vector decays on a whole dim out of the sweeps: what such a decay makes of a chunk is computed once and stored.
 
 Pair scores and pair sums under a decay of their vectors' dim cost log2(C) matmuls; vectors under decay cost exponents. Inside a sweep
-every tile would repeat them, and they would spill. So a launch of their own, parallel over chunks, stores them; sweeps load.
+every tile would repeat them, and they would spill. So a launch of their own, parallel over chunks, stores them; sweeps load. So it is with
+the tails of pair sums, in which two of them cancel before they are rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+
+import networkx as nx
 
 from lagen.ir import expr as E
 from lagen.ir.chunk import COL, SQUARES, TILE_OPS, is_square
-from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, substitute, walk
+from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, reads, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
 from lagen.passes.pair_sums import is_pair_sum, partners, tables_of
@@ -32,6 +35,9 @@ def _gate(n: Expr) -> Expr | None:
         return n.args[2]
     if is_pair_sum(n):  # what is solved inside a sweep hangs on what the sweep carries
         return None if any(x.op == "carry" for x in walk(n)) else addends(n)[0].args[3]
+    if n.op == "tail":
+        sums = reads(n, "mix")
+        return sums[0].args[3] if sums and is_pair_sum(E.add(*sums)) and not reads(n, "carry") else None
     if n.op == "lag":
         return next(x.args[3] for x in walk(n) if x.op == "mix")
     if n.op == "whole" and n.dims:
@@ -41,7 +47,7 @@ def _gate(n: Expr) -> Expr | None:
     return None
 
 
-_STEMS = {"gram": "scores", "mix": "pairs", "add": "pairs", "lag": "pairs", "whole": "decay"}
+_STEMS = {"gram": "scores", "mix": "pairs", "add": "pairs", "lag": "pairs", "tail": "tails", "whole": "decay"}
 
 
 def take_inverses(sweeps: tuple[Kernel, ...], head: str, taken: set[str]) -> list[Store]:
@@ -95,16 +101,17 @@ def load_tables(k: Kernel, tables: Sequence[Store]) -> Kernel:
 
 def take_out(
     pass_: str, sweeps: tuple[Kernel, ...], head: str, taken: set[str], solved: frozenset[Expr], inverses: Sequence[Store] = ()
-) -> tuple[Kernel, ...]:
+) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Makes a launch for each vector decay that acts between pairs: what it makes of a chunk is computed once, not in every tile.
 
     What loads ``solved`` values of a sweep has launches of its own. ``inverses`` are stored along with the pair scores that they are made
-    of, or by a launch of their own.
+    of, or by a launch of their own. Returns the launches, and the sweeps over what these store: tails of one launch are one.
     """
     gated = [n for s in inverses for n in walk(s.value) if n.op == "gram" and _gate(n) is not None]
     between = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
     stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
-    nodes = _outside("lag", (v for k in sweeps for v in k.values))  # what a lag is made of is no value of its own
+    # what a lag or a tail is made of is no value of its own
+    nodes = _outside(lambda n: n.op == "lag" or n.op == "tail" and _gate(n) is not None, (v for k in sweeps for v in k.values))
     inside = {n.args[1] for n in nodes if n.op == "add" and is_pair_sum(n)}  # added to what another launch may have stored
     for n in nodes:
         gate = _gate(n)
@@ -126,7 +133,7 @@ def take_out(
     # several decays pair sums take pair scores that another decay's launch stores: all scores come first
     def later(s: Store) -> tuple[bool, bool]:
         after = not solved.isdisjoint(walk(s.value)) or bool(solving) and s.value not in needed and not is_square(s.value)
-        return after, len(stores) > 1 and is_pair_sum(s.value)
+        return after, len(stores) > 1 and (is_pair_sum(s.value) or s.value.op == "tail")
 
     kinds = sorted({later(s) for found in stores.values() for s in found})
     rounds = [[(g, [s for s in found if later(s) == kind]) for g, found in stores.items()] for kind in kinds]
@@ -135,6 +142,8 @@ def take_out(
     out: list[Kernel] = []
     for g, found in (x for r in rounds for x in r):
         for group in _launches(found, loaded):
+            group, sweeps = _one_tail(group, sweeps)
+            group = tuple(sorted(group, key=lambda s: s.value.op != "tail"))
             stem = f"{pass_}_chunks_{g.dims[0]}".lower()
             count = sum(k.name.startswith(stem) for k in out)
             out.append(
@@ -144,16 +153,36 @@ def take_out(
             )
     if alone:
         out.insert(0, Kernel(f"{pass_}_inverse".lower(), "chunks", alone, "what every chunk is solved with"))
-    return tuple(out)
+    return tuple(out), sweeps
 
 
-def _outside(op: str, values: Iterable[Expr]) -> list[Expr]:
-    """Lists the nodes of values, operands before users; what stands below an ``op`` is left out."""
+def _one_tail(group: tuple[Store, ...], sweeps: tuple[Kernel, ...]) -> tuple[tuple[Store, ...], tuple[Kernel, ...]]:
+    """Adds up the tails that a launch stores, and in the sweeps those that are added to each other anyway."""
+    mine = [s for s in group if s.value.op == "tail"]
+    if len(mine) < 2:
+        return group, sweeps
+    terms = [s.value for s in mine]
+    one = replace(terms[0], args=(E.add(*(t.args[0] for t in terms)),), _hash=0)
+
+    def rule(n: Expr) -> Expr | None:
+        found = addends(n) if n.op == "add" else []
+        if not all(t in found for t in terms):
+            return None
+        return E.add(*(E.rewrite(t, rule) for t in found if t not in terms), one)
+
+    made = tuple(k.map(lambda e: E.rewrite(e, rule)) for k in sweeps)
+    if any(t in walk(*(v for k in made for v in k.values)) for t in terms):
+        return group, sweeps
+    return (replace(mine[0], value=one), *(s for s in group if s not in mine)), made
+
+
+def _outside(stop: Callable[[Expr], bool], values: Iterable[Expr]) -> list[Expr]:
+    """Lists the nodes of values, operands before users; what stands below one that stops is left out."""
     out: dict[Expr, None] = {}
 
     def visit(n: Expr) -> None:
         if n not in out:
-            for a in n.args if n.op != op else ():
+            for a in () if stop(n) else n.args:
                 visit(a)
             out[n] = None
 
@@ -167,8 +196,8 @@ def _launches(stores: list[Store], loaded: set[Expr]) -> list[tuple[Store, ...]]
     groups = _scored([s for s in stores if is_square(s.value)])
     newest = {addends(s.value)[-1]: s for s in stores if is_pair_sum(s.value)}  # a longer sum goes on from a shorter one
     led = {newest[own].value: newest[writers] for own, writers in partners(newest)}
-    for s in stores:
-        if not is_pair_sum(s.value) or s in led.values():
+    for s in _shorter_first(stores):
+        if s in led.values():
             continue
         more = [s, *([led[s.value]] if s.value in led else [])]  # pair sums of one table are one matmul
         values = [addends(x.value)[-1] if is_pair_sum(x.value) else x.value for x in [*groups[-1], *more]]
@@ -178,12 +207,30 @@ def _launches(stores: list[Store], loaded: set[Expr]) -> list[tuple[Store, ...]]
         else:
             groups[-1] += more
     for s in stores:
-        if not is_square(s.value) and not is_pair_sum(s.value):  # where what it takes is loaded already
+        if s.value.op == "tail":  # where its sums are in registers
+            next((g for g in groups if tables_of([s.value]) <= tables_of(x.value for x in g)), groups[-1]).append(s)
+        elif not is_square(s.value) and not is_pair_sum(s.value):  # where what it takes is loaded already
             needs = _loads([s.value])
             next((g for g in groups if needs <= _loads([x.value for x in g])), groups[-1]).append(s)
     # where a longer sum of the same launch goes on from a shorter one, only that one is stored
     passed = [{x.value.args[0] for x in g if x.value.op == "add"} for g in groups]
     return [tuple(s for s in g if s.value not in p or s.buffer.leaf in loaded) for g, p in zip(groups, passed, strict=True) if g]
+
+
+def _shorter_first(stores: Sequence[Store]) -> list[Store]:
+    """Orders pair sums by their newest tables, so that what a longer one goes on from is dealt out before it."""
+    sums = [s for s in stores if is_pair_sum(s.value)]
+    tables = nx.DiGraph()
+
+    def table(x: Expr) -> frozenset[object]:
+        return frozenset(tables_of([x])) or frozenset({x})
+
+    for s in sums:
+        *older, newest = map(table, addends(s.value))
+        tables.add_node(newest)
+        tables.add_edges_from((x, newest) for x in older if x != newest)
+    order = list(nx.lexicographical_topological_sort(tables, key=list(tables).index))
+    return sorted(sums, key=lambda s: order.index(table(addends(s.value)[-1])))
 
 
 def _scored(squares: list[Store]) -> list[list[Store]]:
@@ -203,7 +250,7 @@ def _scored(squares: list[Store]) -> list[list[Store]]:
 
 def _loads(values: Iterable[Expr]) -> set[Expr]:
     """Returns the vectors that a launch loads for ``values``, those of the tokens after apart."""
-    return {n for n in _outside("lead", values) if n.op in (*LEAVES, "lead") and n.dims}
+    return {n for n in _outside(lambda n: n.op == "lead", values) if n.op in (*LEAVES, "lead") and n.dims}
 
 
 def stored(kernels: tuple[Kernel, ...]) -> dict[Expr, Buffer]:
