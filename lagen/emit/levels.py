@@ -75,7 +75,7 @@ class _Loop:
                 self.body.append(f"{totals[n]} += {e} * {dot}")
                 continue
             mine = [x for x in sides if n in x.args]
-            met = self.once("b_d", dot) if n in self.signed else dot
+            met = self.once("b_s", dot) if n in self.signed else dot
             for side in mine:
                 if side.op == "between":  # the vectors as the matmul has them: both sides of a pair make the same product
                     self.body.append(f"{totals[side]} += {met} * {right}")

@@ -32,7 +32,7 @@ def zero_preserving(n: Expr) -> bool:
     """Tells whether a value is surely 0 on padding rows and lanes, given that loads are."""
     if n.op in ("input", "stored", "above", "lead", "follows", "diag"):
         return n.token
-    if n.op == "tail":  # what it adds up is guarded
+    if n.op in ("tail", "between"):  # what is added up, or multiplied, is guarded
         return True
     if n.op == "const":
         return n.value == 0.0
