@@ -52,7 +52,7 @@ class _Loop:
         scores = {n: names[n] for n in grams}
         vectors = {n: (self.vector(n.args[0]), self.vector(n.args[1])) for n in grams}
         sums = {n: self.operands(n) for n in values if n not in scores}
-        for n in self.diagonals:  # while the scores are there: the loop keeps the tables alone
+        for n in self.diagonals:
             out.tile(n)
         for n in grams:  # a token and itself: no decay, and no level
             if n.attr("prev") == "0":
@@ -82,9 +82,8 @@ class _Loop:
                     continue
                 both = self.once("b_z", f"{e} * {met}")
                 sign = "-" if side.op == "writers" and n in self.signed else "+"
-                rows = self.once("w_r", f"tl.where({self.upper}, 1.0, 0.0)") if side.op == "readers" else ""
-                rows = rows or self.once("w_w", f"tl.where({self.upper}, 0.0, 1.0)")
-                self.body.append(f"{totals[side]} {sign}= {both} * {rows}[:, None]")  # one instruction, a choice would be two
+                reads = self.once("reads", f"tl.where({self.upper}, 1.0, 0.0)[:, None]")  # a product takes one instruction, a choice two
+                self.body.append(f"{totals[side]} {sign}= {both} * {reads if side.op == 'readers' else f'(1.0 - {reads})'}")
         out.lines += ["for level in range(LEVELS):", *(f"    {line}" for line in self.body)]
         for n, total in totals.items():
             if n.op == "mix" and n.attr("inclusive") == "1":
@@ -113,7 +112,10 @@ class _Loop:
             table = out.let("b_P", f"{out.spread(out.weights(n), (ROW, COL))}.to(DT)", (ROW, COL))
             return table.text, self.vector(n.args[2]), ""
         a, b, r, w, number, _ = n.args
-        earlier, later = (out.tile(Expr("gram", x, dims=(COL,), token=True)).text for x in ((a, b), (b, a)))
+        scores = [Expr("gram", x, dims=(COL,), token=True) for x in ((a, b), (b, a))]
+        earlier, later = (out.tile(x).text for x in scores)
+        for d in (d for d in self.diagonals if d.args[0] in scores):  # while they are there: the loop keeps the tables alone
+            out.tile(d)
         sign = "-" if n in self.signed else ""
         text = f"tl.where(o_c[:, None] > o_c[None, :], {earlier}, {sign}{later})"
         text = f"{text}.to(DT)" if number == ONE else f"({out.tile(number).text} * {text}).to(DT)"
