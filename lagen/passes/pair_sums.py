@@ -236,6 +236,21 @@ def _weighed(terms: Sequence[Expr], mix: Expr, row: Expr, vector: Expr) -> tuple
     return None
 
 
+def _take_between(terms: list[Expr], sides: Sequence[tuple[Expr, Expr, Expr, bool]], both: Expr) -> None:
+    """Puts one term for what readers sum, less what writers do, where ``terms`` have both and weigh them alike.
+
+    ``sides`` are pair sums, each with its row, the vectors that weigh it, and whether it is of readers.
+    """
+    found: dict[bool, tuple[Expr, Expr]] = {}
+    for mix, row, vector, reader in sides:
+        term = _weighed(terms, mix, row if reader else E.neg(row), vector)
+        if term is not None:
+            found.setdefault(reader, term)
+    if len(found) == 2 and found[True][1] == found[False][1]:
+        terms[:] = [t for t in terms if t not in (found[True][0], found[False][0])]
+        terms.append(E.mul(found[True][1], Expr("between", (both,), dims=both.dims, head=both.head, token=True)))
+
+
 def join(k: Kernel) -> Kernel:
     """Joins the pair sums of a launch two by two: ``readers`` is what readers sum, ``writers`` what writers do, of one table or several.
 
@@ -259,19 +274,12 @@ def join(k: Kernel) -> Kernel:
             for x, s in apart.items()
             if s.key == reader.key and s.vector == (reader if s.reader else writer).vector
         }
+        rests = {x: E.ONE if apart[x].row == number else apart[x].row for x in sides}
         for x, side in sides.items():
-            row = E.ONE if number == apart[x].row else apart[x].row
-            table[x] = E.add(E.mul(row, side), *([E.mul(apart[x].row, apart[x].diagonal)] if apart[x].own else []))
+            table[x] = E.add(E.mul(rests[x], side), *([E.mul(apart[x].row, apart[x].diagonal)] if apart[x].own else []))
+        given = {True: writer.vector, False: reader.vector}  # by the side that is weighed by them
         for terms in tails.values():
-            found = {True: list[tuple[Expr, Expr]](), False: list[tuple[Expr, Expr]]()}
-            for x in sides:
-                s = apart[x]
-                row = E.ONE if s.row == number else s.row
-                weighed = _weighed(terms, x, row if s.reader else E.neg(row), (writer if s.reader else reader).vector)
-                found[s.reader] += [weighed] if weighed is not None else []
-            if all(found.values()) and found[True][0][1] == found[False][0][1]:
-                terms[:] = [t for t in terms if t not in (found[True][0][0], found[False][0][0])]
-                terms.append(E.mul(found[True][0][1], Expr("between", (both,), dims=n.dims, head=n.head, token=True)))
+            _take_between(terms, [(x, rests[x], given[apart[x].reader], apart[x].reader) for x in sides], both)
     table = {n: replace(n, args=(E.add(*(E.substitute(t, table) for t in terms)),), _hash=0) for n, terms in tails.items()} | table
 
     def term(t: Expr) -> _Term | None:
