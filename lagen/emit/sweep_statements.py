@@ -48,11 +48,11 @@ class SweepStatements(Statements):
         """Prints a log-decay's gradient: what readers give, what the chunk's writers gave those after it, what spans the chunk."""
         far, axes = self.meetings[n], (ROW, *n.dims)
         met = self.spread(Tile(far, n.dims), axes)
-        carried = self.guarded(n.args[1])
-        reads = self.wide(n.args[0])
         if n.dims:
             self.prelude.add("lg_suffix_rows")
-            return self.let("b_dg", f"lg_suffix_rows({reads.text}, {carried.text}, {met}, BT, DT, PRECISION)", axes)
+            carried, inside = self.guarded(n.args[1]), self.wide(n.args[0])
+            return self.let("b_dg", f"lg_suffix_rows({inside.text}, {carried.text}, {met}, BT, DT, PRECISION)", axes)
         self.prelude.add("lg_suffix")
+        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.wide(n.args[2])
         paired = "DT == tl.float32" if n.attr("reads") == "spans" else "False"
-        return self.let("b_dg", f"lg_suffix({reads.text}, {carried.text}, {self.wide(n.args[2]).text}, {met}, BT, {paired})", axes)
+        return self.let("b_dg", f"lg_suffix({reads.text}, {carried.text}, {rest.text}, {met}, BT, {paired})", axes)
