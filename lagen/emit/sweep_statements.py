@@ -53,6 +53,6 @@ class SweepStatements(Statements):
             carried, inside = self.guarded(n.args[1]), self.wide(n.args[0])
             return self.let("b_dg", f"lg_suffix_rows({inside.text}, {carried.text}, {met}, BT, DT, PRECISION)", axes)
         self.prelude.add("lg_suffix")
-        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.wide(n.args[2])
+        reads, carried, rest = self.wide(n.args[0]), self.guarded(n.args[1]), self.guarded(n.args[2])
         paired = "DT == tl.float32" if n.attr("reads") == "spans" else "False"
         return self.let("b_dg", f"lg_suffix({reads.text}, {carried.text}, {rest.text}, {met}, BT, {paired})", axes)
