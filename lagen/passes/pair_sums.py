@@ -57,6 +57,12 @@ def is_pair_sum(e: Expr) -> bool:
     return all(t.op == "mix" and len(t.args) == 4 for t in terms) and len({t.args[3] for t in terms}) == 1
 
 
+def decay_of(sums: Sequence[Expr]) -> Expr | None:
+    """Returns the one vector decay that pair sums are under; None where there is none, or they hang on what a sweep carries."""
+    alike = bool(sums) and is_pair_sum(E.add(*sums))
+    return sums[0].args[3] if alike and not any(x.op == "carry" for x in walk(*sums)) else None
+
+
 def tables_of(values: Iterable[Expr]) -> set[tuple[Expr, ...]]:
     """Lists the tables that pair sums below ``values`` are of, with their decay: by readers and writers."""
     return {(s.key[0], *s.key[2:]) for n in walk(*values) if (s := _apart(n)) is not None}

@@ -20,7 +20,7 @@ from lagen.ir.chunk import COL
 from lagen.ir.expr import Expr, walk
 from lagen.ir.plan import Kernel, Store
 from lagen.passes.chunk import strip
-from lagen.passes.pair_sums import by_table, is_pair_sum
+from lagen.passes.pair_sums import by_table, decay_of
 
 
 def split_spans(root: Expr) -> Expr:
@@ -52,7 +52,7 @@ def tails(sweeps: Sequence[Kernel]) -> tuple[Kernel, ...]:
         reads, writes, inside = n.args
         given = made.get(reads, reads)
         sums = [*pair_sums(given, E.ONE), *pair_sums(E.neg(inside), E.ONE)]
-        if not E.reads(given, "mix") or _without(inside, "mix") != E.ZERO or not _outside([mix for _, mix in sums]):
+        if not E.reads(given, "mix") or _without(inside, "mix") != E.ZERO or decay_of([mix for _, mix in sums]) is None:
             return replace(n, args=(tail(E.sub(reads, inside)), writes), _hash=0)
         found = [tail(_without(given, "mix")), *(tail(E.add(*(E.mul(left, mix) for left, mix in table))) for table in by_table(sums))]
         if reads not in made:
@@ -68,11 +68,6 @@ def tails(sweeps: Sequence[Kernel]) -> tuple[Kernel, ...]:
         return Store(replace(s.buffer, dtype="input"), kept[s.buffer.leaf]) if s.buffer.leaf in kept else s
 
     return tuple(replace(k, stores=tuple(map(store, k.stores))) for k in out)
-
-
-def _outside(sums: list[Expr]) -> bool:
-    """Tells whether pair sums are of one vector decay, and of nothing that a sweep carries."""
-    return bool(sums) and is_pair_sum(E.add(*sums)) and not any(x.op == "carry" for x in walk(*sums))
 
 
 def tail(x: Expr) -> Expr:

@@ -17,7 +17,7 @@ from lagen.ir.chunk import COL, SQUARES, TILE_OPS, is_square
 from lagen.ir.expr import LEAVES, ONE, Expr, addends, contract, reads, substitute, walk
 from lagen.ir.plan import Buffer, Kernel, Store
 from lagen.ir.scalar import FUNCTIONS
-from lagen.passes.pair_sums import is_pair_sum, partners, tables_of
+from lagen.passes.pair_sums import decay_of, is_pair_sum, partners, tables_of
 
 _HELD = 1
 """Pair weights that a sweep which solves computes in its tiles."""
@@ -34,10 +34,9 @@ def _gate(n: Expr) -> Expr | None:
     if n.op == "gram" and len(n.args) == 3:
         return n.args[2]
     if is_pair_sum(n):  # what is solved inside a sweep hangs on what the sweep carries
-        return None if any(x.op == "carry" for x in walk(n)) else addends(n)[0].args[3]
+        return decay_of(addends(n))
     if n.op == "tail":
-        sums = reads(n, "mix")
-        return sums[0].args[3] if sums and is_pair_sum(E.add(*sums)) and not reads(n, "carry") else None
+        return decay_of(reads(n, "mix"))
     if n.op == "lag":
         return next(x.args[3] for x in walk(n) if x.op == "mix")
     if n.op == "whole" and n.dims:
@@ -108,8 +107,8 @@ def take_out(
     of, or by a launch of their own. Returns the launches, and the sweeps over what these store: tails of one launch are one.
     """
     gated = [n for s in inverses for n in walk(s.value) if n.op == "gram" and _gate(n) is not None]
-    between = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
-    stores: dict[Expr, list[Store]] = {g: [] for g in between if g is not None}
+    gates = dict.fromkeys(_gate(n) for n in (*gated, *(n for k in sweeps for n in walk(*k.values))) if n.op in ("gram", "mix"))
+    stores: dict[Expr, list[Store]] = {g: [] for g in gates if g is not None}
     # what a lag or a tail is made of is no value of its own
     nodes = _outside(lambda n: n.op == "lag" or n.op == "tail" and _gate(n) is not None, (v for k in sweeps for v in k.values))
     inside = {n.args[1] for n in nodes if n.op == "add" and is_pair_sum(n)}  # added to what another launch may have stored
